@@ -1,0 +1,63 @@
+// Picks the widest instruction set that this processor and its operating system offer.
+#include <cstring>
+
+#include "kernels.h"
+
+namespace ddpm_fast {
+namespace cpu {
+namespace {
+
+struct KernelSet {
+  const char* isa;
+  bool supported;
+  void (*randn)(const RandnParams&, int);
+  void (*add_noise)(const AddNoiseParams&, int);
+  void (*reverse_step)(const ReverseStepParams&, int);
+};
+
+#if defined(__x86_64__)
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+#define DDPM_FAST_KERNEL_SET(isa, supported) \
+  { #isa, supported, isa::randn, isa::add_noise, isa::reverse_step }
+
+// Widest first.
+const KernelSet kSets[] = {
+#if defined(__x86_64__)
+    DDPM_FAST_KERNEL_SET(avx512, has_avx512()),
+    DDPM_FAST_KERNEL_SET(avx2, has_avx2()),
+#endif
+    DDPM_FAST_KERNEL_SET(portable, true),
+};
+
+const KernelSet* find(const char* name) {
+  for (const KernelSet& set : kSets) {
+    if (set.supported && (name == nullptr || std::strcmp(set.isa, name) == 0)) return &set;
+  }
+  return nullptr;
+}
+
+const KernelSet* current = find(nullptr);
+
+}  // namespace
+
+const char* isa() { return current->isa; }
+bool isa_supported(const char* name) { return find(name) != nullptr; }
+void set_isa(const char* name) { current = find(name); }
+
+void randn(const RandnParams& params, int threads) { current->randn(params, threads); }
+void add_noise(const AddNoiseParams& params, int threads) { current->add_noise(params, threads); }
+void reverse_step(const ReverseStepParams& params, int threads) {
+  current->reverse_step(params, threads);
+}
+
+}  // namespace cpu
+}  // namespace ddpm_fast

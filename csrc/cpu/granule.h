@@ -1,0 +1,160 @@
+// The work in pieces of kGranule elements, float32 in and out whatever the tensors hold. A whole
+// granule of float32 is read and written in place; other types, and the last few elements of a
+// sample, pass through a buffer in the first-level cache.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "../core/noise.h"
+#include "../core/normal.h"
+#include "simd.h"
+
+namespace ddpm_fast {
+namespace DDPM_FAST_ISA {
+
+constexpr int kGranule = 256;
+constexpr int kTile = 4096;  // elements a thread takes at a time; a multiple of kGranule
+static_assert(kGranule % (4 * kWidth) == 0, "a granule is whole groups of Philox blocks");
+
+inline int64_t size_of(DType dtype) {
+  return dtype == DType::kFloat32 ? 4 : dtype == DType::kUInt8 ? 1 : 2;
+}
+
+template <class T>
+inline const T* at(const void* base, int64_t offset) {
+  return static_cast<const T*>(base) + offset;
+}
+
+template <class T>
+inline T* element(T* base, DType dtype, int64_t offset) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  return static_cast<Byte*>(base) + offset * size_of(dtype);
+}
+
+// A type in memory, kWidth values at a time.
+struct Float32 {
+  using Element = float;
+  static DDPM_FAST_HD VecF load(const Element* p) { return load_unaligned<VecF>(p); }
+  static DDPM_FAST_HD void store(Element* p, VecF v) { store_unaligned(p, v); }
+};
+struct BFloat16 {
+  using Element = uint16_t;
+  static DDPM_FAST_HD VecF load(const Element* p) { return Lanes::load_bf16(p); }
+  static DDPM_FAST_HD void store(Element* p, VecF v) { Lanes::store_bf16(p, v); }
+};
+struct Float16 {
+  using Element = uint16_t;
+  static DDPM_FAST_HD VecF load(const Element* p) { return Lanes::load_half(p); }
+  static DDPM_FAST_HD void store(Element* p, VecF v) { Lanes::store_half(p, v); }
+};
+struct Pixel {
+  using Element = uint8_t;
+  static DDPM_FAST_HD VecF load(const Element* p) { return Lanes::load_u8(p); }
+};
+
+template <class From, class To>
+inline void convert_granule(const void* source, void* target) {
+  const auto* in = static_cast<const typename From::Element*>(source);
+  auto* out = static_cast<typename To::Element*>(target);
+  for (int i = 0; i < kGranule; i += kWidth) To::store(out + i, From::load(in + i));
+}
+
+// kGranule values of any type as float32, and back as bfloat16 or float16.
+inline void widen(const void* source, DType dtype, float* out) {
+  switch (dtype) {
+    case DType::kFloat32: return convert_granule<Float32, Float32>(source, out);
+    case DType::kBFloat16: return convert_granule<BFloat16, Float32>(source, out);
+    case DType::kFloat16: return convert_granule<Float16, Float32>(source, out);
+    case DType::kUInt8: return convert_granule<Pixel, Float32>(source, out);
+  }
+}
+inline void narrow(const float* values, DType dtype, void* out) {
+  if (dtype == DType::kBFloat16) return convert_granule<Float32, BFloat16>(values, out);
+  convert_granule<Float32, Float16>(values, out);
+}
+
+// Elements [offset, offset + n) as float32, n <= kGranule: a pointer into memory where that is
+// possible, else into `buffer` (kGranule floats), padded with zeros.
+inline const float* load(const void* base, DType dtype, int64_t offset, int n, float* buffer) {
+  const char* source = static_cast<const char*>(base) + offset * size_of(dtype);
+  if (n == kGranule) {
+    if (dtype == DType::kFloat32) return reinterpret_cast<const float*>(source);
+    widen(source, dtype, buffer);
+    return buffer;
+  }
+  alignas(64) char padded[kGranule * 4] = {};
+  __builtin_memcpy(padded, source, n * size_of(dtype));
+  widen(padded, dtype, buffer);
+  return buffer;
+}
+
+// Where a granule of results goes first: memory itself where it holds float32, else `buffer`.
+inline float* target(void* base, DType dtype, int64_t offset, int n, float* buffer) {
+  const bool direct = n == kGranule && dtype == DType::kFloat32;
+  return direct ? static_cast<float*>(base) + offset : buffer;
+}
+
+// Brings what was written to target()'s answer into memory, if it is not there already.
+inline void commit(void* base, DType dtype, int64_t offset, int n, const float* values) {
+  char* destination = static_cast<char*>(base) + offset * size_of(dtype);
+  if (dtype == DType::kFloat32) {
+    if (n < kGranule) __builtin_memcpy(destination, values, n * sizeof(float));
+  } else if (n == kGranule) {
+    narrow(values, dtype, destination);
+  } else {
+    alignas(64) uint16_t padded[kGranule];
+    narrow(values, dtype, padded);
+    __builtin_memcpy(destination, padded, n * sizeof(uint16_t));
+  }
+}
+
+// out[i] = z of element 4 * first_block + i, i < 4 * kWidth.
+inline __attribute__((always_inline)) void draw_group(const NoiseKey& key, uint32_t first_block,
+                                                      float* out) {
+  VecWord c[4] = {Lanes::block_counters(first_block), Lanes::splat_word(key.draw),
+                  Lanes::splat_word(static_cast<uint32_t>(key.sample)),
+                  Lanes::splat_word(static_cast<uint32_t>(key.sample >> 32))};
+  philox4x32_10<Lanes>(c, static_cast<uint32_t>(key.seed), static_cast<uint32_t>(key.seed >> 32));
+  VecF z0, z1, z2, z3;
+  box_muller<Lanes>(Lanes::pack(c[0]), Lanes::pack(c[1]), z0, z1);
+  box_muller<Lanes>(Lanes::pack(c[2]), Lanes::pack(c[3]), z2, z3);
+  Lanes::store_interleaved(out, z0, z1, z2, z3);
+}
+
+// The noise of elements [first, first + kGranule), first a multiple of 4.
+inline void draw_granule(const NoiseKey& key, int64_t first, float* out) {
+  for (int i = 0; i < kGranule; i += 4 * kWidth) {
+    draw_group(key, static_cast<uint32_t>((first + i) >> 2), out + i);
+  }
+}
+
+// Pixels a tile of a channels_last tensor holds: about kTile elements, whole granules a channel.
+inline int64_t tile_pixels(const Shape& shape) {
+  return std::max<int64_t>(kGranule, kTile / shape.channels / kGranule * kGranule);
+}
+
+// Room draw_channels_last needs: for the noise itself and for one channel's row of it.
+inline int64_t channels_last_floats(const Shape& shape) {
+  const int64_t pixels = std::min(shape.pixels, tile_pixels(shape));
+  return pixels * shape.channels + kGranule + pixels + 2 * kGranule;
+}
+
+// The noise of pixels [begin, end) of a channels_last sample, in memory order, at `out`.
+inline void draw_channels_last(const NoiseKey& key, const Shape& shape, int64_t begin, int64_t end,
+                               float* out) {
+  const int64_t channels = shape.channels, count = end - begin;
+  float* row = out + count * channels + kGranule;
+  for (int64_t c = 0; c < channels; ++c) {
+    const int64_t first = c * shape.pixels + begin;
+    const int64_t aligned = first & ~int64_t{3};
+    for (int64_t i = 0; i < first - aligned + count; i += kGranule) {
+      draw_granule(key, aligned + i, row + i);
+    }
+    const float* z = row + (first - aligned);
+    for (int64_t p = 0; p < count; ++p) out[p * channels + c] = z[p];
+  }
+}
+
+}  // namespace DDPM_FAST_ISA
+}  // namespace ddpm_fast

@@ -1,0 +1,179 @@
+#include "kernels.h"
+#include "tiles.h"
+
+namespace ddpm_fast {
+namespace DDPM_FAST_ISA {
+namespace {
+
+float value_at(const void* base, DType dtype, int64_t i) {
+  switch (dtype) {
+    case DType::kBFloat16: return float_from_bf16<ScalarLanes>(*at<uint16_t>(base, i));
+    case DType::kFloat16: return float_from_half(*at<uint16_t>(base, i));
+    default: return *at<float>(base, i);
+  }
+}
+
+// The model's output: `channels` channels of it, or twice as many, of which `half` names one.
+class ModelOutput {
+ public:
+  ModelOutput(const ReverseStepParams& p, const void* base)
+      : base_(base), dtype_(p.model_dtype), shape_(p.shape), halves_(p.variance != Variance::kNone) {}
+
+  // Elements [i, i + n) of sample's half, in x's memory order.
+  const float* load_half(int half, int64_t sample, int64_t i, int n, float* buffer) const {
+    const int64_t elements = shape_.elements();
+    if (!halves_) return load(base_, dtype_, sample * elements + i, n, buffer);
+    const int64_t start = sample * 2 * elements;
+    if (!shape_.channels_last) return load(base_, dtype_, start + half * elements + i, n, buffer);
+    // A pixel's two halves lie side by side.
+    const int64_t channels = shape_.channels;
+    int64_t pixel = i / channels, c = i % channels;
+    for (int j = 0; j < n; ++j) {
+      buffer[j] = value_at(base_, dtype_, start + (2 * pixel + half) * channels + c);
+      if (++c == channels) c = 0, ++pixel;
+    }
+    for (int j = n; j < kGranule; ++j) buffer[j] = 0.0f;
+    return buffer;
+  }
+
+ private:
+  const void* base_;
+  DType dtype_;
+  const Shape& shape_;
+  bool halves_;
+};
+
+// What all elements of a tile share.
+struct Coefficients {
+  StepRow row;
+  Variance variance;
+  VecF scale, lo, hi;
+};
+
+// The step of most samplers on a whole granule, straight from and to memory: all ones where the
+// result is NaN. The general form below, through float32 buffers, costs bfloat16 a quarter more.
+template <class X, class M>
+VecI plain_granule(const Coefficients& c, const void* x_base, const void* m_base, const float* z,
+                   void* out_base) {
+  const auto* x_in = static_cast<const typename X::Element*>(x_base);
+  const auto* m_in = static_cast<const typename M::Element*>(m_base);
+  auto* out = static_cast<typename X::Element*>(out_base);
+  const VecF sigma = Lanes::splat(c.row.sigma);
+  VecI nan{};
+  for (int j = 0; j < kGranule; j += kWidth) {
+    const VecF x = X::load(x_in + j), m = M::load(m_in + j);
+    const VecF x0_hat = clip<Lanes>(predict_x0<Lanes>(c.row, x, m), c.lo, c.hi);
+    const VecF result = step_to<Lanes>(c.row, x0_hat, x, m, sigma, load_unaligned<VecF>(z + j));
+    nan |= result != result;
+    X::store(out + j, result);
+  }
+  return nan;
+}
+
+using PlainGranule = VecI (*)(const Coefficients&, const void*, const void*, const float*, void*);
+
+PlainGranule plain_granule_of(DType x, DType m) {
+  if (x == DType::kBFloat16 && m == x) return plain_granule<BFloat16, BFloat16>;
+  if (x == DType::kFloat16 && m == x) return plain_granule<Float16, Float16>;
+  if (x != DType::kFloat32) return nullptr;
+  if (m == DType::kBFloat16) return plain_granule<Float32, BFloat16>;
+  if (m == DType::kFloat16) return plain_granule<Float32, Float16>;
+  return plain_granule<Float32, Float32>;
+}
+
+struct Granule {
+  const float *x, *m, *u, *v, *x0, *z;  // u, v and x0 may be null
+  float *out, *out_x0;                  // out_x0 may be null
+};
+
+// The step with everything it can do; all ones where the result is NaN.
+VecI general_granule(const Coefficients& c, const Granule& g) {
+  VecI nan{};
+  for (int j = 0; j < kGranule; j += kWidth) {
+    const VecF x = load_unaligned<VecF>(g.x + j);
+    VecF m = load_unaligned<VecF>(g.m + j);
+    VecF sigma = Lanes::splat(c.row.sigma);
+    if (g.u != nullptr) m = guided<Lanes>(m, load_unaligned<VecF>(g.u + j), c.scale);
+    if (g.v != nullptr) {
+      sigma = learned_sigma<Lanes>(c.row, c.variance, load_unaligned<VecF>(g.v + j));
+    }
+    VecF x0_hat =
+        g.x0 != nullptr ? load_unaligned<VecF>(g.x0 + j) : predict_x0<Lanes>(c.row, x, m);
+    x0_hat = clip<Lanes>(x0_hat, c.lo, c.hi);
+    const VecF result = step_to<Lanes>(c.row, x0_hat, x, m, sigma, load_unaligned<VecF>(g.z + j));
+    nan |= result != result;
+    store_unaligned(g.out + j, result);
+    if (g.out_x0 != nullptr) store_unaligned(g.out_x0 + j, x0_hat);
+  }
+  return nan;
+}
+
+void lower(int32_t* word, int32_t value) {
+  int32_t seen = __atomic_load_n(word, __ATOMIC_RELAXED);
+  while (value < seen && !__atomic_compare_exchange_n(word, &seen, value, true, __ATOMIC_RELAXED,
+                                                      __ATOMIC_RELAXED)) {
+  }
+}
+
+}  // namespace
+
+void reverse_step(const ReverseStepParams& p, int threads) {
+  const int64_t elements = p.shape.elements();
+  const ModelOutput cond(p, p.model_output), uncond(p, p.model_output_uncond);
+  const bool learned = p.variance == Variance::kLearned || p.variance == Variance::kLearnedRange;
+  const bool plain = p.variance == Variance::kNone && p.model_output_uncond == nullptr &&
+                     p.x0 == nullptr && p.out_x0 == nullptr && p.out_lowp == nullptr;
+  const PlainGranule plain_granule = plain ? plain_granule_of(p.x_dtype, p.model_dtype) : nullptr;
+
+  for_each_tile(p.shape, threads, [&](TileNoise& noise, int64_t n, int64_t begin, int64_t end) {
+    const int64_t step = p.steps != nullptr ? p.steps[n] : p.step;
+    const float scale = p.guidance_scales != nullptr ? p.guidance_scales[n] : p.guidance_scale;
+    const Coefficients c{p.rows[step], p.variance, Lanes::splat(scale), Lanes::splat(p.lo),
+                         Lanes::splat(p.hi)};
+    alignas(64) float x_buffer[kGranule], m_buffer[kGranule], u_buffer[kGranule];
+    alignas(64) float v_buffer[kGranule], x0_buffer[kGranule], z_buffer[kGranule];
+    alignas(64) float out_buffer[kGranule], out_x0_buffer[kGranule];
+
+    // Where sigma is 0 nothing is drawn and the term is +0.
+    const bool noisy = c.row.sigma != 0.0f;
+    if (!noisy) __builtin_memset(z_buffer, 0, sizeof z_buffer);
+    if (noisy && p.noise == nullptr) {
+      noise.start(p.source.key(n, draw_of(kStreamReverseStep, p.timesteps[step])), begin, end);
+    }
+    VecI nan{};
+    for (int64_t i = begin; i < end; i += kGranule) {
+      const int count = granule_length(i, end);
+      const int64_t offset = n * elements + i;
+      const float* z = z_buffer;
+      if (noisy) {
+        z = p.noise == nullptr ? noise.granule(i, z_buffer)
+                               : load(p.noise, p.noise_dtype, offset, count, z_buffer);
+      }
+      if (plain_granule != nullptr && count == kGranule) {
+        nan |= plain_granule(c, element(p.x, p.x_dtype, offset),
+                             element(p.model_output, p.model_dtype, offset), z,
+                             element(p.out, p.x_dtype, offset));
+        continue;
+      }
+      Granule g{};
+      g.z = z;
+      g.x = load(p.x, p.x_dtype, offset, count, x_buffer);
+      g.m = cond.load_half(0, n, i, count, m_buffer);
+      if (p.model_output_uncond != nullptr) g.u = uncond.load_half(0, n, i, count, u_buffer);
+      if (learned) g.v = cond.load_half(1, n, i, count, v_buffer);
+      if (p.x0 != nullptr) g.x0 = load(p.x0, p.x0_dtype, offset, count, x0_buffer);
+      g.out = target(p.out, p.x_dtype, offset, count, out_buffer);
+      if (p.out_x0 != nullptr) {
+        g.out_x0 = target(p.out_x0, DType::kFloat32, offset, count, out_x0_buffer);
+      }
+      nan |= general_granule(c, g);
+      commit(p.out, p.x_dtype, offset, count, g.out);
+      if (p.out_x0 != nullptr) commit(p.out_x0, DType::kFloat32, offset, count, g.out_x0);
+      if (p.out_lowp != nullptr) commit(p.out_lowp, p.out_lowp_dtype, offset, count, g.out);
+    }
+    if (p.nan_step != nullptr && Lanes::any(nan)) lower(p.nan_step, static_cast<int32_t>(step));
+  });
+}
+
+}  // namespace DDPM_FAST_ISA
+}  // namespace ddpm_fast

@@ -1,0 +1,80 @@
+// How an op's elements are shared out: tiles of one sample each, in memory order, statically over
+// the threads. A tile's noise does not depend on the sharing, so neither do the bits.
+#pragma once
+
+#include "granule.h"
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+namespace ddpm_fast {
+namespace DDPM_FAST_ISA {
+
+inline int thread_index() {
+#if defined(_OPENMP)
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
+
+// The noise of the tile at hand, a granule at a time.
+class TileNoise {
+ public:
+  TileNoise(const Shape& shape, float* scratch) : shape_(shape), scratch_(scratch) {}
+
+  // Elements [begin, end) of the sample, in memory order.
+  void start(const NoiseKey& key, int64_t begin, int64_t end) {
+    key_ = key;
+    begin_ = begin;
+    if (scratch_ != nullptr) {
+      draw_channels_last(key, shape_, begin / shape_.channels, end / shape_.channels, scratch_);
+    }
+  }
+
+  // kGranule values from `offset` on; past the tile's end they are of no meaning.
+  const float* granule(int64_t offset, float* buffer) const {
+    if (scratch_ != nullptr) return scratch_ + (offset - begin_);
+    draw_granule(key_, offset, buffer);
+    return buffer;
+  }
+
+ private:
+  const Shape& shape_;
+  float* scratch_;  // channels_last only
+  NoiseKey key_{};
+  int64_t begin_ = 0;
+};
+
+// body(noise, sample, begin, end) for every tile.
+template <class Body>
+void for_each_tile(Shape shape, int threads, const Body& body) {
+  const int64_t elements = shape.elements();
+  if (shape.samples == 0 || elements == 0) return;
+  shape.channels_last = shape.channels_last && shape.channels > 1 && shape.pixels > 1;
+  const int64_t tile = shape.channels_last ? tile_pixels(shape) * shape.channels : kTile;
+  const int64_t per_sample = (elements + tile - 1) / tile;
+  const int64_t floats = shape.channels_last ? channels_last_floats(shape) : 0;
+  struct Scratch {
+    float* data;
+    ~Scratch() { delete[] data; }
+  } scratch{floats > 0 ? new float[static_cast<size_t>(floats * threads)] : nullptr};
+
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    TileNoise noise(shape, floats > 0 ? scratch.data + floats * thread_index() : nullptr);
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < shape.samples * per_sample; ++i) {
+      const int64_t begin = i % per_sample * tile;
+      body(noise, i / per_sample, begin, begin + tile < elements ? begin + tile : elements);
+    }
+  }
+}
+
+inline int granule_length(int64_t offset, int64_t end) {
+  return end - offset < kGranule ? static_cast<int>(end - offset) : kGranule;
+}
+
+}  // namespace DDPM_FAST_ISA
+}  // namespace ddpm_fast

@@ -1,0 +1,203 @@
+"""What the ops have in common: arguments checked once, memory layouts, noise addresses.
+
+Shapes, dtypes and devices are checked when an op is called (under ``torch.compile`` while it is
+traced); values are checked where they lie on the host, when it runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_INDEX = 1 << 24
+MAX_ELEMENTS = 1 << 34
+
+library = torch.library.Library("ddpm_fast", "DEF")
+
+
+def check_tensor(
+    name: str, tensor: object, device: torch.device | None, dtypes: Sequence[torch.dtype]
+) -> None:
+    """Raises TypeError or ValueError unless it is a tensor of one of ``dtypes`` on ``device``."""
+    if isinstance(tensor, Tensor) and tensor.dtype in dtypes and tensor.device == device:
+        return
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor; got {type(tensor).__name__}")
+    if tensor.dtype not in dtypes:
+        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name} must be {accepted}; got {tensor.dtype}")
+    raise ValueError(f"{name} must be on {device}, as the others are; got {tensor.device}")
+
+
+def check_same_shape(name: str, tensor: Tensor, expected: Sequence[int]) -> None:
+    if tensor.shape != torch.Size(expected):
+        raise ValueError(f"{name} must have shape {list(expected)}; got {list(tensor.shape)}")
+
+
+def check_batch(name: str, shape: torch.Size) -> None:
+    """A batch of samples whose elements a noise address can reach."""
+    if len(shape) == 0:
+        raise ValueError(f"{name} must have a first dimension of samples; got a 0-d tensor")
+    if shape.numel() > MAX_ELEMENTS and math.prod(shape[1:]) > MAX_ELEMENTS:
+        raise ValueError(f"{name} must have at most 2^34 elements a sample; got {list(shape)}")
+
+
+def check_index(name: str, index: object) -> None:
+    if isinstance(index, bool) or not isinstance(index, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an integer; got {type(index).__name__}")
+    if not 0 <= index < MAX_INDEX:
+        raise ValueError(f"{name} must lie in 0 … 2^24 - 1; got {index}")
+
+
+def per_sample_int(name: str, tensor: Tensor, samples: int, device: torch.device) -> None:
+    check_tensor(name, tensor, device, (torch.int64,))
+    check_same_shape(name, tensor, [samples])
+
+
+def noise_address(
+    seed: int | Tensor,
+    sample_ids: Tensor | Sequence[int] | None,
+    samples: int,
+    device: torch.device,
+) -> tuple[int, Tensor | None, Tensor | None]:
+    """seed and sample_ids as the ops take them: one int64 seed or [N] of them, and [N] ids or None.
+
+    Raises:
+        TypeError, ValueError: a seed outside [0, 2^64), ids that are negative or not one a sample.
+    """
+    seeds = None
+    if isinstance(seed, Tensor):
+        per_sample_int("seed", seed, samples, device)
+        seeds, seed = seed.contiguous(), 0
+    elif isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt)):
+        raise TypeError(f"seed must be an integer or an int64 tensor; got {type(seed).__name__}")
+    elif not 0 <= seed < 1 << 64:
+        raise ValueError(f"seed must lie in 0 … 2^64 - 1; got {seed}")
+    elif seed >= 1 << 63:
+        seed -= 1 << 64
+    if sample_ids is not None:
+        if not isinstance(sample_ids, Tensor):
+            sample_ids = _ids_tensor(sample_ids, device)
+        per_sample_int("sample_ids", sample_ids, samples, device)
+        sample_ids = sample_ids.contiguous()
+    return seed, seeds, sample_ids
+
+
+def _ids_tensor(ids: Sequence[int], device: torch.device) -> Tensor:
+    ids = list(ids)
+    if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
+        raise TypeError("sample_ids must be integers")
+    if any(not 0 <= i < 1 << 63 for i in ids):
+        raise ValueError(f"sample_ids must lie in 0 … 2^63 - 1; got {min(ids)} … {max(ids)}")
+    return torch.tensor(ids, dtype=torch.int64, device=device)
+
+
+def check_ids_on_host(sample_ids: Tensor | None) -> None:
+    """Raises ValueError for a negative id, where the ids lie on the host."""
+    if sample_ids is not None and sample_ids.device.type == "cpu" and sample_ids.numel():
+        lowest = int(sample_ids.min())
+        if lowest < 0:
+            raise ValueError(f"sample_ids must not be negative; got {lowest}")
+
+
+def check_range_on_host(name: str, values: Tensor, count: int) -> None:
+    """Raises ValueError unless every value lies in 0 … count - 1, where they lie on the host."""
+    if values.device.type == "cpu" and values.numel():
+        lowest, highest = int(values.min()), int(values.max())
+        if lowest < 0 or highest >= count:
+            raise ValueError(f"{name} must lie in 0 … {count - 1}; got {lowest} … {highest}")
+
+
+Layout = tuple[int, int, int, bool]  # samples, channels, pixels, channels_last
+
+
+def layout_of(tensor: Tensor) -> Layout | None:
+    """How a dense tensor lies in memory, or None: then it must be copied."""
+    if tensor.is_contiguous():
+        channels_last = False
+    elif is_channels_last(tensor):
+        channels_last = True
+    else:
+        return None
+    return _layout(tensor.shape, channels_last)
+
+
+def _layout(shape: torch.Size, channels_last: bool) -> Layout:
+    if len(shape) == 4:
+        samples, channels, height, width = shape
+        return samples, channels, height * width, channels_last
+    channels = shape[1] if len(shape) > 1 else 1
+    return shape[0], channels, math.prod(shape[2:]), channels_last
+
+
+def is_channels_last(tensor: Tensor) -> bool:
+    return (tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)) or (
+        tensor.ndim == 5 and tensor.is_contiguous(memory_format=torch.channels_last_3d)
+    )
+
+
+def memory_format(ndim: int, channels_last: bool) -> torch.memory_format:
+    if not channels_last:
+        return torch.contiguous_format
+    return torch.channels_last if ndim == 4 else torch.channels_last_3d
+
+
+def dense(tensor: Tensor) -> tuple[Tensor, Layout]:
+    """The tensor itself and its layout, or a contiguous copy where its strides have gaps."""
+    layout = layout_of(tensor)
+    if layout is None:
+        return tensor.contiguous(), _layout(tensor.shape, False)
+    return tensor, layout
+
+
+def laid_out(tensor: Tensor, channels_last: bool) -> Tensor:
+    """The tensor itself where it lies as said, else a copy that does."""
+    if not channels_last and tensor.is_contiguous():
+        return tensor
+    return tensor.contiguous(memory_format=memory_format(tensor.ndim, channels_last))
+
+
+def empty_laid_out(
+    shape: Sequence[int], channels_last: bool, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    return torch.empty(
+        shape, dtype=dtype, device=device, memory_format=memory_format(len(shape), channels_last)
+    )
+
+
+def runs_now(*tensors: Tensor | None) -> bool:
+    """Whether an op may run without torch's dispatcher: nothing traces, records or differentiates.
+
+    The dispatcher costs 0.2 µs an argument, more than half of a small step's time.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    grad = torch.is_grad_enabled()
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) is not Tensor or (grad and tensor.requires_grad)):
+            return False
+    return True
+
+
+def address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def threads() -> int:
+    """As many as torch uses; the kernels take fewer where there is little to do."""
+    return torch.get_num_threads()
+
+
+def reference_address(
+    seed: int, seeds: Tensor | None, sample_ids: Tensor | None, samples: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Seeds and sample ids as int64 [N], as reference.randn takes them."""
+    if seeds is None:
+        seeds = torch.full((samples,), seed, dtype=torch.int64, device=device)
+    if sample_ids is None:
+        sample_ids = torch.arange(samples, device=device)
+    return seeds, sample_ids

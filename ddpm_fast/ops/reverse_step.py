@@ -1,0 +1,457 @@
+"""reverse_step: p(x_{t-1} | x_t) of any sampler in one pass. Formula: csrc/core/reverse_step.h."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..backends import DTYPES, native, select
+from ..schedule import ModelVariance, StepTable
+from . import checks
+
+STREAM = 1  # reverse steps; the index is the timestep being left
+NO_CLIP = (-math.inf, math.inf)
+_VARIANCES = get_args(ModelVariance)
+
+_INPUTS = (
+    "Tensor x, Tensor model_output, Tensor rows, Tensor timesteps, SymInt step, Tensor? steps, "
+    "SymInt seed, Tensor? seeds, Tensor? sample_ids, int variance, float lo, float hi, "
+    "Tensor? model_output_uncond, float guidance_scale, Tensor? guidance_scales, Tensor? noise, "
+    "Tensor? x0"
+)
+checks.library.define(
+    f"reverse_step({_INPUTS}, bool return_x0) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+checks.library.define(
+    f"reverse_step_out({_INPUTS}, *, Tensor(a!) out, Tensor(b!)? out_x0, Tensor(c!)? out_lowp, "
+    "Tensor(d!)? nan_step) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def reverse_step(
+    x: Tensor,
+    model_output: Tensor,
+    table: StepTable,
+    step: int | Tensor,
+    *,
+    seed: int | Tensor,
+    sample_ids: Tensor | Sequence[int] | None = None,
+    clip: tuple[float, float] | None = (-1.0, 1.0),
+    model_output_uncond: Tensor | None = None,
+    guidance_scale: float | Tensor | None = None,
+    noise: Tensor | None = None,
+    x0: Tensor | None = None,
+    return_x0: bool = False,
+    out: Tensor | None = None,
+    out_lowp: Tensor | None = None,
+    nan_step: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """One step of the reverse process, its noise drawn inside.
+
+    x̂₀ = clip(r · fma(c_m, m, c_x x)),  x′ = fma(b_0, x̂₀, fma(b_x, x, fma(b_m, m, σ z))), the nine
+    numbers from row ``step`` of the table (Ho et al. 2020, eqs. 7, 11, 15; Song et al. 2021,
+    eq. 12). z is ``randn(x.shape, seed=seed, sample_ids=sample_ids, stream=1, index=t)`` with t the
+    row's timestep; where σ = 0, as in the last row, nothing is drawn.
+
+    Args:
+        x: [N, C, …] float32, bfloat16 or float16. Contiguous and channels_last are read as they
+            lie, other strides are copied first.
+        model_output: [N, C, …], of a dtype of its own; [N, 2C, …] where the table's variance is
+            "learned" or "learned_range".
+        table: NoiseSchedule.step_table's.
+        step: row, counted from the first step taken: int, or int64 tensor, 0-d or [N].
+        seed: in [0, 2^64), or int64 [N].
+        sample_ids: N non-negative integers; 0 … N−1 if None.
+        clip: bounds of x̂₀; None for no clip. NaN passes.
+        model_output_uncond, guidance_scale: m = m_u + s (m_c − m_u); s a number or float32, 0-d
+            or [N]. The variance is the conditional output's.
+        noise: z itself, of x's shape; then seed does not matter.
+        x0: takes the place of x̂₀ before the clip, of x's shape.
+        return_x0: also return the clipped x̂₀, float32.
+        out: where x′ goes, like x; may be x.
+        out_lowp: bfloat16 or float16 of x's shape: takes x′ a second time, rounded once.
+        nan_step: int32 [1], lowered to the first row whose result holds a NaN.
+
+    Returns:
+        x′ of x's dtype and layout, or (x′, x̂₀). Differentiable in x, both model outputs and x0
+        unless ``out``, ``out_lowp`` or ``nan_step`` is given.
+
+    Raises:
+        TypeError, ValueError: an argument of another type, shape, device or range.
+
+    >>> table = NoiseSchedule.linear().step_table(prediction="epsilon", variance="fixed_small")
+    >>> x = randn([2, 3, 4, 4], seed=0)
+    >>> reverse_step(x, torch.zeros_like(x), table, 0, seed=0).shape
+    torch.Size([2, 3, 4, 4])
+    """
+    _check_x(x)
+    device, samples = x.device, x.shape[0]
+    steps = None
+    if isinstance(step, Tensor):
+        checks.check_tensor("step", step, device, (torch.int64,))
+        if step.ndim:
+            checks.check_same_shape("step", step, [samples])
+        step, steps = 0, step.contiguous()
+    elif isinstance(step, bool) or not isinstance(step, (int, torch.SymInt)):
+        raise TypeError(f"step must be an integer or an int64 tensor; got {type(step).__name__}")
+    elif not 0 <= step < len(table):
+        raise ValueError(f"step must lie in 0 … {len(table) - 1}; got {step}")
+    variance = table.model_variance
+    _check_model_output("model_output", model_output, x, variance)
+    scale, scales = 1.0, None
+    if (model_output_uncond is None) != (guidance_scale is None):
+        raise ValueError("guidance takes model_output_uncond and guidance_scale, both or neither")
+    if model_output_uncond is not None:
+        _check_model_output("model_output_uncond", model_output_uncond, x, variance)
+        if model_output_uncond.dtype != model_output.dtype:
+            raise TypeError(
+                f"model_output_uncond must be {model_output.dtype}, as model_output is; "
+                f"got {model_output_uncond.dtype}"
+            )
+        if isinstance(guidance_scale, Tensor):
+            checks.check_tensor("guidance_scale", guidance_scale, device, (torch.float32,))
+            if guidance_scale.ndim:
+                checks.check_same_shape("guidance_scale", guidance_scale, [samples])
+            scales = guidance_scale.expand(samples).contiguous()
+        else:
+            scale = float(guidance_scale)  # type: ignore[arg-type]
+    lo, hi = check_clip(clip)
+    for name, tensor in (("noise", noise), ("x0", x0)):
+        if tensor is not None:
+            checks.check_tensor(name, tensor, device, checks.FLOAT_DTYPES)
+            checks.check_same_shape(name, tensor, x.shape)
+    seed, seeds, ids = checks.noise_address(seed, sample_ids, samples, device)
+    table = table.to(device)
+    inputs = (
+        x,
+        model_output,
+        table.rows,
+        table.timesteps,
+        step,
+        steps,
+        seed,
+        seeds,
+        ids,
+        _VARIANCES.index(variance),
+        lo,
+        hi,
+        model_output_uncond,
+        scale,
+        scales,
+        noise,
+        x0,
+    )
+    run_now = checks.runs_now(x, model_output, model_output_uncond, noise, x0)
+    if out is None and out_lowp is None and nan_step is None:
+        run = _reverse_step if run_now else torch.ops.ddpm_fast.reverse_step.default
+        result, clipped = run(*inputs, return_x0)
+        return (result, clipped) if return_x0 else result
+
+    if out is None:
+        out = _empty_like_dense(x, x.dtype)
+    else:
+        _check_out("out", out, x, (x.dtype,))
+    if out_lowp is not None:
+        _check_out("out_lowp", out_lowp, x, (torch.bfloat16, torch.float16))
+    if nan_step is not None:
+        checks.check_tensor("nan_step", nan_step, device, (torch.int32,))
+        checks.check_same_shape("nan_step", nan_step, [1])
+    out_x0 = _empty_like_dense(x, torch.float32) if return_x0 else None
+    if run_now:
+        _run(*inputs, out, out_x0, out_lowp, nan_step)
+    else:
+        torch.ops.ddpm_fast.reverse_step_out.default(
+            *inputs, out=out, out_x0=out_x0, out_lowp=out_lowp, nan_step=nan_step
+        )
+    return (out, out_x0) if out_x0 is not None else out
+
+
+def check_clip(clip: tuple[float, float] | None) -> tuple[float, float]:
+    """The bounds as numbers, ±∞ for None; raises ValueError unless lo <= hi."""
+    if clip is None:
+        return NO_CLIP
+    lo, hi = clip
+    if not lo <= hi:
+        raise ValueError(f"clip must be (lo, hi) with lo <= hi, or None; got {clip}")
+    return float(lo), float(hi)
+
+
+def _check_x(x: Tensor) -> None:
+    checks.check_tensor("x", x, getattr(x, "device", None), checks.FLOAT_DTYPES)
+    checks.check_batch("x", x.shape)
+
+
+def _check_model_output(name: str, output: Tensor, x: Tensor, variance: ModelVariance) -> None:
+    checks.check_tensor(name, output, x.device, checks.FLOAT_DTYPES)
+    if variance == "none":
+        checks.check_same_shape(name, output, x.shape)
+        return
+    if x.ndim < 2:
+        raise ValueError(f"x must have channels on dimension 1; got {list(x.shape)}")
+    expected = [x.shape[0], 2 * x.shape[1], *x.shape[2:]]
+    if list(output.shape) != expected:
+        raise ValueError(
+            f"{name} must have shape {expected}, twice x's channels, where the variance is "
+            f"{variance}; got {list(output.shape)}"
+        )
+
+
+def _check_out(name: str, out: Tensor, x: Tensor, dtypes: Sequence[torch.dtype]) -> None:
+    checks.check_tensor(name, out, x.device, dtypes)
+    checks.check_same_shape(name, out, x.shape)
+    if out.stride() == x.stride() and x.is_contiguous():
+        return
+    _, layout = checks.dense(x)
+    if checks.layout_of(out) != layout:
+        order = "channels_last" if layout[3] else "contiguous"
+        raise ValueError(f"{name} must be {order}, as x is or is made; got strides {out.stride()}")
+
+
+def _run(
+    x: Tensor,
+    model_output: Tensor,
+    rows: Tensor,
+    timesteps: Tensor,
+    step: int,
+    steps: Tensor | None,
+    seed: int,
+    seeds: Tensor | None,
+    sample_ids: Tensor | None,
+    variance: int,
+    lo: float,
+    hi: float,
+    model_output_uncond: Tensor | None,
+    guidance_scale: float,
+    guidance_scales: Tensor | None,
+    noise: Tensor | None,
+    x0: Tensor | None,
+    out: Tensor,
+    out_x0: Tensor | None,
+    out_lowp: Tensor | None,
+    nan_step: Tensor | None,
+) -> None:
+    checks.check_ids_on_host(sample_ids)
+    if steps is not None:
+        checks.check_range_on_host("step", steps, rows.shape[0])
+        if steps.ndim == 0:
+            steps = steps.expand(x.shape[0]).contiguous()
+    x, layout = checks.dense(x)
+    channels_last = layout[3]
+    model_output = checks.laid_out(model_output, channels_last)
+    if model_output_uncond is not None:
+        model_output_uncond = checks.laid_out(model_output_uncond, channels_last)
+    if noise is not None:
+        noise = checks.laid_out(noise, channels_last)
+    if x0 is not None:
+        x0 = checks.laid_out(x0, channels_last)
+
+    if select(x.device) == "reference":
+        scale = guidance_scales
+        if scale is None:
+            scale = torch.full((), guidance_scale, dtype=torch.float32, device=x.device)
+        result, clipped = _reference(
+            x.float(),
+            model_output.float(),
+            rows,
+            timesteps,
+            step,
+            steps,
+            (seed, seeds, sample_ids),
+            _VARIANCES[variance],
+            (lo, hi),
+            None if model_output_uncond is None else model_output_uncond.float(),
+            scale,
+            None if noise is None else noise.float(),
+            None if x0 is None else x0.float(),
+        )
+        if nan_step is not None:
+            _note_nan(result, step, steps, nan_step)
+        for target, value in ((out, result), (out_x0, clipped), (out_lowp, result)):
+            if target is not None:
+                target.copy_(value)
+        return
+
+    native.reverse_step(  # type: ignore[union-attr]
+        x.data_ptr(),
+        DTYPES[x.dtype],
+        model_output.data_ptr(),
+        checks.address(model_output_uncond),
+        DTYPES[model_output.dtype],
+        checks.address(x0),
+        0 if x0 is None else DTYPES[x0.dtype],
+        checks.address(noise),
+        0 if noise is None else DTYPES[noise.dtype],
+        out.data_ptr(),
+        checks.address(out_x0),
+        checks.address(out_lowp),
+        0 if out_lowp is None else DTYPES[out_lowp.dtype],
+        *layout,
+        seed,
+        checks.address(seeds),
+        checks.address(sample_ids),
+        variance,
+        lo,
+        hi,
+        guidance_scale,
+        checks.address(guidance_scales),
+        rows.data_ptr(),
+        timesteps.data_ptr(),
+        step,
+        checks.address(steps),
+        checks.address(nan_step),
+        checks.threads(),
+    )
+
+
+def _note_nan(result: Tensor, step: int, steps: Tensor | None, nan_step: Tensor) -> None:
+    held = result.flatten(1).isnan().any(1)
+    rows = torch.full_like(held, step, dtype=torch.int32) if steps is None else steps.int()
+    none = torch.iinfo(torch.int32).max
+    first = torch.where(held, rows, none).amin() if held.numel() else none
+    nan_step.clamp_(max=first)
+
+
+def _reference(
+    x: Tensor,
+    model_output: Tensor,
+    rows: Tensor,
+    timesteps: Tensor,
+    step: int,
+    steps: Tensor | None,
+    noise_address: tuple[int, Tensor | None, Tensor | None],
+    variance: ModelVariance,
+    clip: tuple[float, float],
+    model_output_uncond: Tensor | None,
+    guidance_scale: Tensor,
+    noise: Tensor | None,
+    x0: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """reference.reverse_step in x's dtype, with the noise of the address where none is given."""
+    if steps is None:
+        steps = torch.full((x.shape[0],), step, dtype=torch.int64, device=x.device)
+    if noise is None:
+        seeds, ids = checks.reference_address(*noise_address, x.shape[0], x.device)
+        draws = STREAM << 24 | timesteps[steps]
+        noise = reference.randn(x.shape, seeds, ids, draws)
+    return reference.reverse_step(
+        x,
+        model_output,
+        rows,
+        steps,
+        noise.to(x.dtype),
+        variance=variance,
+        clip=clip,
+        model_output_uncond=model_output_uncond,
+        guidance_scale=guidance_scale.to(x.dtype),
+        x0=x0,
+    )
+
+
+def _empty_like_dense(x: Tensor, dtype: torch.dtype) -> Tensor:
+    channels_last = not x.is_contiguous() and checks.is_channels_last(x)
+    return checks.empty_laid_out(x.shape, channels_last, dtype, x.device)
+
+
+def _new_outputs(x: Tensor, return_x0: bool) -> tuple[Tensor, Tensor]:
+    out = _empty_like_dense(x, x.dtype)
+    if return_x0:
+        return out, _empty_like_dense(x, torch.float32)
+    return out, x.new_empty(0, dtype=torch.float32)  # an op returns a fixed number of tensors
+
+
+@torch.library.impl(checks.library, "reverse_step", "CompositeExplicitAutograd")
+def _reverse_step(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    *inputs, return_x0 = args
+    out, out_x0 = _new_outputs(x, return_x0)
+    _run(x, *inputs, out, out_x0 if return_x0 else None, None, None)
+    return out, out_x0
+
+
+@torch.library.register_fake("ddpm_fast::reverse_step", lib=checks.library)
+def _reverse_step_fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return _new_outputs(x, args[-1])
+
+
+@torch.library.impl(checks.library, "reverse_step_out", "CompositeExplicitAutograd")
+def _reverse_step_out(
+    *inputs: Any,
+    out: Tensor,
+    out_x0: Tensor | None,
+    out_lowp: Tensor | None,
+    nan_step: Tensor | None,
+) -> None:
+    _run(*inputs, out, out_x0, out_lowp, nan_step)
+
+
+@torch.library.register_fake("ddpm_fast::reverse_step_out", lib=checks.library)
+def _reverse_step_out_fake(*inputs: Any, **outputs: Any) -> None:
+    return None
+
+
+_DIFFERENTIABLE = {"x": 0, "model_output": 1, "model_output_uncond": 12, "x0": 16}
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*[value for value in inputs if isinstance(value, Tensor)])
+    ctx.inputs = [None if isinstance(value, Tensor) else value for value in inputs]
+    ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
+
+
+def _backward(ctx: Any, grad: Tensor, grad_x0: Tensor) -> tuple[Tensor | None, ...]:
+    """Differentiates the reference formula in float64, with the same noise redrawn."""
+    saved = iter(ctx.saved_tensors)
+    inputs = [
+        next(saved) if tensor else value
+        for value, tensor in zip(ctx.inputs, ctx.is_tensor, strict=True)
+    ]
+    return_x0 = inputs.pop()
+    wanted = [i for i in _DIFFERENTIABLE.values() if ctx.needs_input_grad[i]]
+    doubles = list(inputs)
+    for i in _DIFFERENTIABLE.values():
+        if doubles[i] is not None:
+            doubles[i] = doubles[i].detach().double().requires_grad_(i in wanted)
+    (x, model_output, rows, timesteps, step, steps, seed, seeds, ids, variance, lo, hi) = doubles[
+        :12
+    ]
+    uncond, scale, scales, noise, x0 = doubles[12:]
+    if scales is None:
+        scales = torch.full((), scale, dtype=torch.float64, device=x.device)
+    if steps is not None and steps.ndim == 0:
+        steps = steps.expand(x.shape[0])
+    with torch.enable_grad():
+        results = _reference(
+            x,
+            model_output,
+            rows,
+            timesteps,
+            step,
+            steps,
+            (seed, seeds, ids),
+            _VARIANCES[variance],
+            (lo, hi),
+            uncond,
+            scales,
+            noise,
+            x0,
+        )
+        outputs, grads = [results[0]], [grad.double()]
+        if return_x0:
+            outputs.append(results[1])
+            grads.append(grad_x0.double())
+        found = torch.autograd.grad(outputs, [doubles[i] for i in wanted], grads, allow_unused=True)
+    answer: list[Tensor | None] = [None] * (len(inputs) + 1)
+    for i, gradient in zip(wanted, found, strict=True):
+        answer[i] = None if gradient is None else gradient.to(inputs[i].dtype)
+    return tuple(answer)
+
+
+torch.library.register_autograd(
+    "ddpm_fast::reverse_step", _backward, setup_context=_setup_context, lib=checks.library
+)
