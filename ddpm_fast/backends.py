@@ -121,7 +121,7 @@ def require(name: str) -> None:
     if name not in get_args(Backend):
         accepted = ", ".join(map(repr, get_args(Backend)))
         raise ValueError(f"backend must be one of {accepted}; got {name!r}")
-    if name == "auto" or name == "reference":
+    if name in ("auto", "reference") or (name == "cpu" and native is not None):
         return
     status = backends()[name]
     if not status.available:
@@ -133,13 +133,9 @@ def select(device: torch.device) -> str:
     name = _chosen.get()
     if name == "auto":
         return _automatic(device.type)
-    if name == "cpu":
-        if native is None:
-            require(name)
-        if device.type != "cpu":
-            raise RuntimeError(f"backend 'cpu' takes CPU tensors; got one on {device}")
-    elif name != "reference":
-        require(name)
+    require(name)
+    if name == "cpu" and device.type != "cpu":
+        raise RuntimeError(f"backend 'cpu' takes CPU tensors; got one on {device}")
     return name
 
 

@@ -47,6 +47,7 @@ def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 # Noise (docs/noise.md) ---------------------------------------------------------------------
 
 _WORD = 0xFFFFFFFF
+TIMESTEP_STREAM = 3
 
 
 def philox4x32_10(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -162,6 +163,18 @@ def randn(shape: Sequence[int], seeds: Tensor, sample_ids: Tensor, draws: Tensor
     return z.reshape(shape[0], -1)[:, :elements].reshape(list(shape)).contiguous()
 
 
+def random_timesteps(num_steps: int, seeds: Tensor, sample_ids: Tensor) -> Tensor:
+    """Training timesteps, uniform on 0 … T−1: (w₀ · T) >> 32 of stream 3; int64 [N].
+
+    Args:
+        num_steps: T.
+        seeds, sample_ids: int64 [N].
+    """
+    first = torch.zeros_like(sample_ids)
+    words = noise_words(first, first + (TIMESTEP_STREAM << 24), seeds, sample_ids)
+    return words[0] * num_steps >> 32
+
+
 # Forward process ---------------------------------------------------------------------------
 
 
@@ -200,9 +213,12 @@ def q_posterior(
 
 
 def unit_from_pixel(pixel: Tensor) -> Tensor:
-    """Pixels 0 … 255 in [-1, 1], float32 or wider: (p − 127.5)/127.5."""
-    p = pixel if pixel.is_floating_point() else pixel.float()
-    return (p - 127.5) * (1 / 127.5)
+    """Pixels 0 … 255 in [-1, 1]: (p − 127.5)/127.5; of uint8 in float32."""
+    p = (pixel if pixel.is_floating_point() else pixel.float()) - 127.5
+    if p.dtype != torch.float32:
+        return p / 127.5
+    # 1/127.5 in two float32 parts, as in csrc/core/add_noise.h
+    return fma(p, _f32("0x1.010102p-7", p), p * _f32("-0x1.fdfdfep-32", p))
 
 
 # Conversions between ε, x̂₀ and v ------------------------------------------------------------

@@ -21,10 +21,11 @@ struct AddNoiseParams {
   const int64_t* ts;     // [samples]
 };
 
-// A pixel 0 .. 255 in [-1, 1], both ends exact.
+// A pixel 0 .. 255 in [-1, 1]: (p - 127.5)/127.5, the reciprocal in two parts. Both ends are exact.
 template <class V>
 DDPM_FAST_HD typename V::F unit_from_pixel(typename V::F pixel) {
-  return (pixel - V::splat(127.5f)) * V::splat(1.0f / 127.5f);
+  const typename V::F p = pixel - V::splat(127.5f);
+  return V::fma(p, V::splat(0x1.010102p-7f), p * V::splat(-0x1.fdfdfep-32f));
 }
 
 template <class V>

@@ -11,6 +11,8 @@
 namespace ddpm_fast {
 namespace DDPM_FAST_ISA {
 
+constexpr int64_t kPerThread = 8192;  // elements: 5 µs of work, what waking a thread costs
+
 inline int thread_index() {
 #if defined(_OPENMP)
   return omp_get_thread_num();
@@ -55,6 +57,8 @@ void for_each_tile(Shape shape, int threads, const Body& body) {
   shape.channels_last = shape.channels_last && shape.channels > 1 && shape.pixels > 1;
   const int64_t tile = shape.channels_last ? tile_pixels(shape) * shape.channels : kTile;
   const int64_t per_sample = (elements + tile - 1) / tile;
+  const int64_t tiles = shape.samples * per_sample;
+  threads = static_cast<int>(std::min<int64_t>(threads, 1 + shape.samples * elements / kPerThread));
   const int64_t floats = shape.channels_last ? channels_last_floats(shape) : 0;
   struct Scratch {
     float* data;
@@ -65,7 +69,7 @@ void for_each_tile(Shape shape, int threads, const Body& body) {
   {
     TileNoise noise(shape, floats > 0 ? scratch.data + floats * thread_index() : nullptr);
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < shape.samples * per_sample; ++i) {
+    for (int64_t i = 0; i < tiles; ++i) {
       const int64_t begin = i % per_sample * tile;
       body(noise, i / per_sample, begin, begin + tile < elements ? begin + tile : elements);
     }

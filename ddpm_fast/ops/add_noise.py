@@ -67,7 +67,7 @@ def add_noise(
     ts = None
     if isinstance(t, Tensor):
         checks.per_sample_int("t", t, samples, device)
-        t, ts = 0, t.contiguous()
+        ts, t = t.contiguous(), 0
     elif isinstance(t, bool) or not isinstance(t, (int, torch.SymInt)):
         raise TypeError(f"t must be an integer or an int64 tensor; got {type(t).__name__}")
     elif not 0 <= t < len(schedule):

@@ -62,7 +62,7 @@ def randn(
     indices = None
     if isinstance(index, Tensor):
         checks.per_sample_int("index", index, shape[0], device)
-        index, indices = 0, index.contiguous()
+        indices, index = index.contiguous(), 0
     else:
         checks.check_index("index", index)
     channels_last = _is_channels_last(memory_format, len(shape))

@@ -98,7 +98,7 @@ def reverse_step(
         checks.check_tensor("step", step, device, (torch.int64,))
         if step.ndim:
             checks.check_same_shape("step", step, [samples])
-        step, steps = 0, step.contiguous()
+        steps, step = step.contiguous(), 0
     elif isinstance(step, bool) or not isinstance(step, (int, torch.SymInt)):
         raise TypeError(f"step must be an integer or an int64 tensor; got {type(step).__name__}")
     elif not 0 <= step < len(table):
@@ -154,6 +154,11 @@ def reverse_step(
         result, clipped = run(*inputs, return_x0)
         return (result, clipped) if return_x0 else result
 
+    if not run_now and _needs_grad(x, model_output, model_output_uncond, x0):
+        raise ValueError(
+            "out, out_lowp and nan_step cannot be differentiated through: leave them out, or call "
+            "under torch.no_grad()"
+        )
     if out is None:
         out = _empty_like_dense(x, x.dtype)
     else:
@@ -165,7 +170,7 @@ def reverse_step(
         checks.check_same_shape("nan_step", nan_step, [1])
     out_x0 = _empty_like_dense(x, torch.float32) if return_x0 else None
     if run_now:
-        _run(*inputs, out, out_x0, out_lowp, nan_step)
+        _run(*inputs, out=out, out_x0=out_x0, out_lowp=out_lowp, nan_step=nan_step)
     else:
         torch.ops.ddpm_fast.reverse_step_out.default(
             *inputs, out=out, out_x0=out_x0, out_lowp=out_lowp, nan_step=nan_step
@@ -203,7 +208,13 @@ def _check_model_output(name: str, output: Tensor, x: Tensor, variance: ModelVar
         )
 
 
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def _check_out(name: str, out: Tensor, x: Tensor, dtypes: Sequence[torch.dtype]) -> None:
+    if out is x and x.is_contiguous():
+        return
     checks.check_tensor(name, out, x.device, dtypes)
     checks.check_same_shape(name, out, x.shape)
     if out.stride() == x.stride() and x.is_contiguous():
@@ -232,10 +243,11 @@ def _run(
     guidance_scales: Tensor | None,
     noise: Tensor | None,
     x0: Tensor | None,
+    *,
     out: Tensor,
-    out_x0: Tensor | None,
-    out_lowp: Tensor | None,
-    nan_step: Tensor | None,
+    out_x0: Tensor | None = None,
+    out_lowp: Tensor | None = None,
+    nan_step: Tensor | None = None,
 ) -> None:
     checks.check_ids_on_host(sample_ids)
     if steps is not None:
@@ -370,7 +382,7 @@ def _new_outputs(x: Tensor, return_x0: bool) -> tuple[Tensor, Tensor]:
 def _reverse_step(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     *inputs, return_x0 = args
     out, out_x0 = _new_outputs(x, return_x0)
-    _run(x, *inputs, out, out_x0 if return_x0 else None, None, None)
+    _run(x, *inputs, out=out, out_x0=out_x0 if return_x0 else None)
     return out, out_x0
 
 
@@ -380,14 +392,8 @@ def _reverse_step_fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.impl(checks.library, "reverse_step_out", "CompositeExplicitAutograd")
-def _reverse_step_out(
-    *inputs: Any,
-    out: Tensor,
-    out_x0: Tensor | None,
-    out_lowp: Tensor | None,
-    nan_step: Tensor | None,
-) -> None:
-    _run(*inputs, out, out_x0, out_lowp, nan_step)
+def _reverse_step_out(*inputs: Any, **outputs: Any) -> None:
+    _run(*inputs, **outputs)
 
 
 @torch.library.register_fake("ddpm_fast::reverse_step_out", lib=checks.library)

@@ -1,0 +1,5 @@
+"""Networks."""
+
+from .unet import UNet, UNetConfig
+
+__all__ = ["UNet", "UNetConfig"]

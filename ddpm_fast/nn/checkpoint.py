@@ -1,0 +1,120 @@
+"""Checkpoints: config.json and model.safetensors in a folder, never pickle.
+
+Files are written beside their final name and moved there, so that none is ever half there. Needs
+safetensors, which is imported where it is used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+FORMAT_VERSION = 1
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+_Config = TypeVar("_Config")
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a file whole or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def save(directory: str | os.PathLike[str], model: nn.Module, config: Any) -> None:
+    """Writes the weights, then the config that names their architecture."""
+    from safetensors.torch import save as to_bytes
+
+    folder = Path(directory)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"a checkpoint is a directory; {folder} is a file")
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _state(model).items()}
+    write_bytes(folder / WEIGHTS, to_bytes(tensors, metadata={"format": "pt"}))
+    description = {
+        "format": "ddpm_fast",
+        "format_version": FORMAT_VERSION,
+        "architecture": type(model).__name__,
+        "config": dataclasses.asdict(config),
+    }
+    write_bytes(folder / CONFIG, (json.dumps(description, indent=2) + "\n").encode())
+
+
+def load_config(
+    directory: str | os.PathLike[str], architecture: str, config_type: type[_Config]
+) -> _Config:
+    """The config of a checkpoint, checked to be of ``architecture``."""
+    path = _existing(directory, CONFIG)
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON (cut short?): {error}") from error
+    if not isinstance(description, dict) or description.get("format") != "ddpm_fast":
+        raise ValueError(f"{path} does not describe a ddpm_fast checkpoint")
+    version = description.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{path} has format version {version}; this ddpm_fast reads version 1")
+    if description.get("architecture") != architecture:
+        raise ValueError(
+            f"{path} describes a {description.get('architecture')}, not a {architecture}"
+        )
+    try:
+        return config_type(**description["config"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not configure a {architecture}: {error}") from error
+
+
+def load_weights(directory: str | os.PathLike[str], model: nn.Module) -> None:
+    """Fills ``model``; every tensor of it must be there, of its shape, and no other."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = _existing(directory, WEIGHTS)
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+    expected = _state(model)
+    problems = (
+        [f"{name} is missing" for name in expected if name not in tensors]
+        + [f"{name} is not of this architecture" for name in tensors if name not in expected]
+        + [
+            f"{name} has shape {list(tensors[name].shape)}, not {list(tensor.shape)}"
+            for name, tensor in expected.items()
+            if name in tensors and tensors[name].shape != tensor.shape
+        ]
+    )
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(f"{path} does not fit its config: {'; '.join(problems[:3])}{more}")
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    if len(dtypes) == 1:
+        model.to(dtypes.pop())
+    model.load_state_dict(tensors)
+
+
+def _state(model: nn.Module) -> Mapping[str, Tensor]:
+    return model.state_dict()
+
+
+def _existing(directory: str | os.PathLike[str], name: str) -> Path:
+    folder = Path(directory)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no checkpoint at {folder}: no such directory")
+    path = folder / name
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {folder}: {name} is missing")
+    return path

@@ -1,0 +1,400 @@
+"""Sampler: the reverse process around any model, one kernel a step.
+
+Algorithm 2 of Ho et al. 2020 (DDPM) and eq. 12 of Song et al. 2021 (DDIM), for models that predict
+ε, x_0 or v, with classifier-free guidance (Ho & Salimans 2022) and dynamic thresholding (Saharia et
+al. 2022, section 2.3).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from . import reference
+from .backends import Backend, require, use_backend
+from .ops.checks import FLOAT_DTYPES, check_ids_on_host, dense, noise_address
+from .ops.randn import randn
+from .ops.reverse_step import check_clip, reverse_step
+from .schedule import EpsSource, Method, NoiseSchedule, Prediction, Spacing, Variance
+
+Model = Callable[..., Any]
+_NO_NAN = torch.iinfo(torch.int32).max
+
+
+@dataclass(frozen=True)
+class SampleStep:
+    """What :meth:`Sampler.stream` yields after each step.
+
+    Attributes:
+        step: row of the table, 0 for the first.
+        t: the timestep that was left.
+        x: float32 [N, …], the state after the step. Changes made to it in place are kept, so that a
+            known region can be pasted in.
+        x0: float32 [N, …], the clipped x̂₀ of the step.
+    """
+
+    step: int
+    t: int
+    x: Tensor
+    x0: Tensor
+
+
+class Sampler:
+    """Draws samples from a diffusion model, the same for a seed on every device and batch split.
+
+    The state is float32; the model gets it in its parameters' dtype.
+
+    Args:
+        model: any callable ``(x [N, C, …], t int64 [N], **model_kwargs)`` returning a tensor, or an
+            object whose ``.sample`` is one: [N, C, …], or [N, 2C, …] where the variance is learned.
+        schedule: of the forward process that the model was trained on.
+        prediction: what the model returns: "epsilon", "sample" (x_0) or "v_prediction".
+        variance: "fixed_small" β̃, "fixed_large" β, "learned" log σ² or "learned_range".
+        method: "ddpm" or "ddim".
+        eta: of "ddim", 0 … 1.
+        eps_source: of "ddim": "x0" rederives ε from the clipped x̂₀, "model" keeps the model's.
+        num_steps, timesteps, spacing: a shorter trajectory, NoiseSchedule.spaced_timesteps.
+        clip: bounds of x̂₀, or None.
+        dynamic_threshold: p in (0, 1]: x̂₀ is clipped to ±s and scaled by c/s, where s is the p-th
+            quantile of its absolute values, at least c, a sample; c is clip's bound, (-c, c).
+        guidance_scale: s of m_u + s (m_c − m_u), a number or float32 [N]; ``sample`` then takes
+            ``uncond_kwargs``.
+        denoised_fn: applied to x̂₀ before the clip.
+        device: of x_T where none is given: the model's parameters', else cpu.
+        backend: "auto", or one to insist on.
+        graph: "auto", or "off": whether steps may be captured into a graph, on devices that have
+            them. CPU tensors never are.
+
+    Raises:
+        ValueError: an unknown name or a number out of range, here and not at the first step.
+        RuntimeError: the backend cannot run here.
+
+    >>> sampler = Sampler(lambda x, t: torch.zeros_like(x), NoiseSchedule.linear(), num_steps=4)
+    >>> sampler.sample([2, 3, 8, 8], seed=0).shape
+    torch.Size([2, 3, 8, 8])
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        schedule: NoiseSchedule,
+        *,
+        prediction: Prediction = "epsilon",
+        variance: Variance = "fixed_small",
+        method: Method = "ddpm",
+        eta: float = 0.0,
+        eps_source: EpsSource = "x0",
+        num_steps: int | None = None,
+        timesteps: Iterable[int] | None = None,
+        spacing: Spacing = "leading",
+        clip: tuple[float, float] | None = (-1.0, 1.0),
+        dynamic_threshold: float | None = None,
+        guidance_scale: float | Tensor | None = None,
+        denoised_fn: Callable[[Tensor], Tensor] | None = None,
+        device: torch.device | str | None = None,
+        backend: Backend = "auto",
+        graph: Literal["auto", "off"] = "auto",
+    ) -> None:
+        if not callable(model):
+            raise TypeError(f"model must be callable; got {type(model).__name__}")
+        check_clip(clip)
+        if dynamic_threshold is not None:
+            if not 0.0 < dynamic_threshold <= 1.0:
+                raise ValueError(f"dynamic_threshold must lie in (0, 1]; got {dynamic_threshold}")
+            if clip is None or clip[0] != -clip[1] or not 0 < clip[1] < math.inf:
+                raise ValueError(f"dynamic_threshold needs a clip of (-c, c); got {clip}")
+        if graph not in ("auto", "off"):
+            raise ValueError(f"graph must be 'auto' or 'off'; got {graph!r}")
+        require(backend)
+        self.model = model
+        self.schedule = schedule
+        self.table = schedule.step_table(
+            prediction=prediction,
+            variance=variance,
+            method=method,
+            eta=eta,
+            num_steps=num_steps,
+            timesteps=timesteps,
+            spacing=spacing,
+            eps_source=eps_source,
+        )
+        self.clip = clip
+        self.dynamic_threshold = dynamic_threshold
+        self.guidance_scale = guidance_scale
+        self.denoised_fn = denoised_fn
+        self.device = None if device is None else torch.device(device)
+        self.backend = backend
+        self.graph = graph
+
+    def __len__(self) -> int:
+        """The number of steps."""
+        return len(self.table)
+
+    def sample(
+        self,
+        shape: Sequence[int],
+        *,
+        seed: int | Tensor = 0,
+        sample_ids: Tensor | Sequence[int] | None = None,
+        x_T: Tensor | None = None,
+        start: int | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        uncond_kwargs: Mapping[str, Any] | None = None,
+        progress: bool = False,
+        callback: Callable[[SampleStep], None] | None = None,
+    ) -> Tensor:
+        """Runs the trajectory and returns the samples.
+
+        Args:
+            shape: [N, C, …].
+            seed: in [0, 2^64), or int64 [N].
+            sample_ids: which samples of the seed, N non-negative integers; 0 … N−1 if None. The
+                noise of an id does not depend on the others in the batch.
+            x_T: the initial state, float, of ``shape``; ``randn(shape, stream=0)`` if None.
+            start: the row to begin at, with x_T as that row's x_t: image-to-image, inpainting,
+                resuming. Rows count from 0, the first step.
+            model_kwargs: passed to the model at every call (classes, say).
+            uncond_kwargs: of the unconditional call, where there is a guidance scale.
+            progress: show a bar (needs tqdm).
+            callback: called with a SampleStep after each step; it may change ``x`` in place.
+
+        Returns:
+            float32 [N, C, …] on the sampler's device.
+
+        Raises:
+            TypeError, ValueError: an argument out of its range; a model output of another shape or
+                dtype, named with its step.
+            FloatingPointError: the model's output turned NaN, named with the step at which it did.
+        """
+        run = _Run(self, shape, seed, sample_ids, x_T, start, model_kwargs, uncond_kwargs)
+        x = run.x
+        with _bar(progress, len(run.rows)) as bar:
+            for step in run.steps(every_state=callback is not None):
+                x = step.x
+                if callback is not None:
+                    callback(step)
+                bar.update()
+        return x
+
+    def stream(
+        self,
+        shape: Sequence[int],
+        *,
+        seed: int | Tensor = 0,
+        sample_ids: Tensor | Sequence[int] | None = None,
+        x_T: Tensor | None = None,
+        start: int | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        uncond_kwargs: Mapping[str, Any] | None = None,
+    ) -> Iterator[SampleStep]:
+        """:meth:`sample` step by step: yields a SampleStep after each; the last has the samples."""
+        run = _Run(self, shape, seed, sample_ids, x_T, start, model_kwargs, uncond_kwargs)
+        return run.steps(every_state=True)
+
+
+class _Run:
+    """One trajectory: its checked arguments and its state."""
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        shape: Sequence[int],
+        seed: int | Tensor,
+        sample_ids: Tensor | Sequence[int] | None,
+        x_T: Tensor | None,
+        start: int | None,
+        model_kwargs: Mapping[str, Any] | None,
+        uncond_kwargs: Mapping[str, Any] | None,
+    ) -> None:
+        self.sampler = sampler
+        shape = [int(size) for size in shape]
+        if len(shape) < 2:
+            raise ValueError(f"shape must be [N, C, …]; got {shape}")
+        if (sampler.guidance_scale is None) != (uncond_kwargs is None):
+            raise ValueError(
+                "guidance takes the Sampler's guidance_scale and uncond_kwargs, both or neither"
+            )
+        if start is not None and x_T is None:
+            raise ValueError("start needs x_T, the state that its row begins with")
+        first = 0 if start is None else start
+        if not 0 <= first < len(sampler):
+            raise ValueError(f"start must lie in 0 … {len(sampler) - 1}; got {start}")
+        model = sampler.model
+        if isinstance(model, nn.Module) and model.training:
+            warnings.warn(
+                "the model is in training mode: dropout and batch statistics are active; "
+                "call model.eval() before sampling",
+                stacklevel=4,
+            )
+        parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+        device = _device_of(sampler, x_T, parameter)
+        _, seeds, ids = noise_address(seed, sample_ids, shape[0], device)
+        check_ids_on_host(ids)
+        self.seed = seed if seeds is None else seeds
+        self.sample_ids = ids
+        self.rows = range(first, len(sampler))
+        self.timesteps: list[int] = sampler.table.timesteps.tolist()
+        self.table = sampler.table.to(device)
+        self.model_kwargs = dict(model_kwargs or {})
+        self.uncond_kwargs = None if uncond_kwargs is None else dict(uncond_kwargs)
+        # The same word of low precision as the model's parameters, if it has one.
+        self.low_precision = (
+            parameter.dtype
+            if parameter is not None and parameter.dtype in (torch.bfloat16, torch.float16)
+            else None
+        )
+        if x_T is None:
+            with self.backend():
+                self.x = randn(shape, seed=self.seed, sample_ids=ids, device=device)
+        else:
+            if list(x_T.shape) != shape:
+                raise ValueError(f"x_T must have shape {shape}; got {list(x_T.shape)}")
+            if not x_T.is_floating_point():
+                raise TypeError(f"x_T must be floating point; got {x_T.dtype}")
+            # A copy, since the steps are taken in place, dense in whichever order it has.
+            self.x, _ = dense(x_T.detach().to(torch.float32, copy=True))
+
+    @torch.no_grad()
+    def steps(self, every_state: bool) -> Iterator[SampleStep]:
+        """Takes the steps. ``every_state``: each yields tensors of its own, with x̂₀."""
+        x, sampler = self.x, self.sampler
+        nan_step = torch.full((1,), _NO_NAN, dtype=torch.int32, device=x.device)
+        lowp = None if self.low_precision is None else x.to(self.low_precision)
+        x0 = x
+        for row in self.rows:
+            t = torch.full((x.shape[0],), self.timesteps[row], device=x.device)
+            x_in = x if lowp is None else lowp
+            output = self._call(x_in, t, self.model_kwargs, row)
+            uncond = None
+            if self.uncond_kwargs is not None:
+                uncond = self._call(x_in, t, self.uncond_kwargs, row)
+            with self.backend():
+                result = reverse_step(
+                    x,
+                    output,
+                    self.table,
+                    row,
+                    seed=self.seed,
+                    sample_ids=self.sample_ids,
+                    clip=sampler.clip,
+                    model_output_uncond=uncond,
+                    guidance_scale=sampler.guidance_scale,
+                    x0=self._processed_x0(x, output, uncond, row),
+                    return_x0=every_state,
+                    out=torch.empty_like(x) if every_state else x,
+                    out_lowp=lowp,
+                    nan_step=nan_step,
+                )
+            if isinstance(result, tuple):
+                x, x0 = result
+            if x.device.type == "cpu":
+                _raise_if_nan(nan_step, self.timesteps)
+            yield SampleStep(row, self.timesteps[row], x, x0)
+            if every_state and lowp is not None:
+                lowp.copy_(x)  # whoever got the state may have changed it
+        _raise_if_nan(nan_step, self.timesteps)
+
+    def backend(self) -> contextlib.AbstractContextManager[None]:
+        name = self.sampler.backend
+        return contextlib.nullcontext() if name == "auto" else use_backend(name)
+
+    def _call(self, x: Tensor, t: Tensor, kwargs: dict[str, Any], row: int) -> Tensor:
+        with torch.inference_mode():  # the model alone: the states are tensors without its limits
+            output = self.sampler.model(x, t, **kwargs)
+        if not isinstance(output, Tensor):
+            output = getattr(output, "sample", output)
+        if not isinstance(output, Tensor):
+            raise TypeError(
+                "model must return a tensor, or an object whose .sample is one; "
+                f"got {type(output).__name__}"
+            )
+        expected = list(x.shape)
+        if self.table.model_variance != "none":
+            expected[1] *= 2
+        if list(output.shape) != expected or output.dtype not in FLOAT_DTYPES:
+            raise ValueError(
+                f"model must return a float tensor of shape {expected} (prediction "
+                f"{self.table.prediction!r}, variance {self.table.variance!r}); at step {row}, "
+                f"t = {self.timesteps[row]}, it returned {list(output.shape)} {output.dtype}"
+            )
+        return output
+
+    def _processed_x0(
+        self, x: Tensor, output: Tensor, uncond: Tensor | None, row: int
+    ) -> Tensor | None:
+        """x̂₀ through denoised_fn and the dynamic threshold, where there are any."""
+        sampler = self.sampler
+        if sampler.denoised_fn is None and sampler.dynamic_threshold is None:
+            return None
+        channels = x.shape[1]
+        m = output[:, :channels].float()
+        if uncond is not None:
+            scale = torch.as_tensor(sampler.guidance_scale, dtype=m.dtype, device=m.device)
+            m = reference.guided(m, uncond[:, :channels].float(), scale)
+        step = torch.full((x.shape[0],), row, device=x.device)
+        x0 = reference.predict_x0(x, m, self.table.rows, step)
+        if sampler.denoised_fn is not None:
+            x0 = sampler.denoised_fn(x0)
+            if not isinstance(x0, Tensor) or x0.shape != x.shape:
+                raise ValueError(f"denoised_fn must return a tensor of shape {list(x.shape)}")
+        if sampler.dynamic_threshold is not None and x0.numel():
+            assert sampler.clip is not None
+            x0 = dynamic_threshold(x0, sampler.dynamic_threshold, sampler.clip[1])
+        return x0
+
+
+def dynamic_threshold(x0: Tensor, quantile: float, bound: float = 1.0) -> Tensor:
+    """x̂₀ clipped to ±s and scaled by bound/s, s = max(bound, the quantile of |x̂₀|) a sample.
+
+    Saharia et al. 2022, section 2.3 and appendix D.
+    """
+    # Not torch.quantile, which takes at most 2^24 elements.
+    magnitudes = x0.flatten(1).abs()
+    position = quantile * (magnitudes.shape[1] - 1)
+    below, above = math.floor(position), math.ceil(position)
+    ordered = magnitudes.sort(1).values
+    s = torch.lerp(ordered[:, below], ordered[:, above], position - below)
+    s = s.clamp(min=bound).reshape(-1, *[1] * (x0.ndim - 1))
+    return x0.clamp(-s, s) * (bound / s)
+
+
+def _device_of(
+    sampler: Sampler,
+    x_T: Tensor | None,
+    parameter: Tensor | None,
+) -> torch.device:
+    if x_T is not None:
+        return x_T.device
+    if sampler.device is not None:
+        return sampler.device
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
+def _raise_if_nan(nan_step: Tensor, timesteps: list[int]) -> None:
+    row = int(nan_step)
+    if row != _NO_NAN:
+        raise FloatingPointError(
+            f"the model's output turned NaN at step {row}, t = {timesteps[row]}"
+        )
+
+
+class _NoBar:
+    def update(self) -> None:
+        pass
+
+
+def _bar(wanted: bool, total: int) -> contextlib.AbstractContextManager[Any]:
+    if not wanted:
+        return contextlib.nullcontext(_NoBar())
+    try:
+        from tqdm.auto import tqdm
+    except ImportError as error:
+        raise ImportError("progress=True needs tqdm: pip install tqdm") from error
+    return tqdm(total=total, desc="sampling", unit="step")

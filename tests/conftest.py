@@ -1,0 +1,46 @@
+"""What the tests share: known answers, instruction sets, and the shapes and dtypes to try."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ddpm_fast.backends import native
+
+ISAS = ["avx512", "avx2", "portable"]
+
+
+@pytest.fixture(scope="session")
+def golden() -> dict[str, Any]:
+    """Known answers computed with 50 digits by independent code."""
+    return json.loads((Path(__file__).parent / "data" / "golden.json").read_text())
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set in turn; skips those that this processor lacks."""
+    with_isa(request.param)
+    before = native.isa()
+    native.set_isa(request.param)
+    yield request.param
+    native.set_isa(before)
+
+
+def with_isa(name: str) -> None:
+    if native is None:
+        pytest.skip("installed without compiled kernels")
+    if name not in native.supported_isas():
+        pytest.skip(f"this processor has no {name}")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
