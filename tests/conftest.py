@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import ISAS
 
 from ddpm_fast.backends import native
-
-ISAS = ["avx512", "avx2", "portable"]
 
 
 @pytest.fixture(scope="session")

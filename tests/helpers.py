@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+ISAS = ["avx512", "avx2", "portable"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [
     (1, 1),

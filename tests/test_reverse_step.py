@@ -6,9 +6,19 @@ import math
 
 import pytest
 import torch
-from helpers import DTYPES, LAYOUTS, SHAPES, assert_as_good_as_eager, laid_out, poisoned_like, ulp
+from helpers import (
+    DTYPES,
+    ISAS,
+    LAYOUTS,
+    SHAPES,
+    assert_as_good_as_eager,
+    laid_out,
+    poisoned_like,
+    ulp,
+)
 
 from ddpm_fast import NoiseSchedule, randn, reference, reverse_step, use_backend
+from ddpm_fast.backends import native
 
 SCHEDULE = NoiseSchedule.cosine()
 PREDICTIONS = ["epsilon", "sample", "v_prediction"]
@@ -162,10 +172,6 @@ def test_same_bits_on_every_path(variance, isa):
 
 
 def test_learned_bits_agree_between_instruction_sets():
-    from conftest import ISAS
-
-    from ddpm_fast.backends import native
-
     table = table_of("epsilon", "learned_range")
     x, m, _ = inputs((2, 3, 33, 31), torch.float32, table)
     before, results = native.isa(), []
