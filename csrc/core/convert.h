@@ -19,7 +19,7 @@ DDPM_FAST_HD typename V::U bf16_from_float(typename V::F x) {
   const U u = V::bits(x);
   const U rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
   const U quiet = (u >> 16) | 0x40u;
-  return x != x ? quiet : rounded;
+  return V::select(x != x, quiet, rounded);
 }
 
 DDPM_FAST_HD float float_from_half(uint16_t h) {

@@ -11,8 +11,8 @@ template <class V>
 DDPM_FAST_HD typename V::F exp_clamped(typename V::F x) {
   using F = typename V::F;
   using U = typename V::U;
-  x = x < V::splat(-87.0f) ? V::splat(-87.0f) : x;
-  x = x > V::splat(87.0f) ? V::splat(87.0f) : x;
+  x = V::select(x < V::splat(-87.0f), V::splat(-87.0f), x);
+  x = V::select(x > V::splat(87.0f), V::splat(87.0f), x);
   // Adding 1.5 * 2^23 leaves the nearest integer in the low bits of the sum.
   const F shifted = V::fma(x, V::splat(0x1.715476p+0f), V::splat(0x1.8p+23f));
   const F k = shifted - V::splat(0x1.8p+23f);

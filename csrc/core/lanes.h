@@ -41,6 +41,12 @@ struct ScalarLanes {
     return x;
 #endif
   }
+  static DDPM_FAST_HD I to_signed(U u) { return static_cast<I>(u); }  // the same bits
+  static DDPM_FAST_HD U to_unsigned(I i) { return static_cast<U>(i); }
+  template <class T>
+  static DDPM_FAST_HD T select(bool condition, T yes, T no) {
+    return condition ? yes : no;
+  }
   // Round to nearest even, as every conversion here.
   static DDPM_FAST_HD F from_int(I i) {
 #if defined(__CUDA_ARCH__)

@@ -18,15 +18,17 @@ DDPM_FAST_HD typename V::F minus_two_log_uniform(typename V::U w) {
   using U = typename V::U;
   using I = typename V::I;
   const U flipped = ~w;
-  const U v = w < flipped ? w : flipped;  // < 2^31, so the signed conversion is right
-  const F u = V::fma(V::from_int((I)v), V::splat(0x1p-32f), V::splat(0x1p-33f));  // min(U, 1 - U)
-  const F t = w < flipped ? u : V::splat(1.0f) - u;                               // U, rounded
+  const auto low = w < flipped;
+  const U v = V::select(low, w, flipped);  // < 2^31, so the signed conversion is right
+  // min(U, 1 - U), and U rounded
+  const F u = V::fma(V::from_int(V::to_signed(v)), V::splat(0x1p-32f), V::splat(0x1p-33f));
+  const F t = V::select(low, u, V::splat(1.0f) - u);
 
   // t = 2^k f with f in [sqrt(1/2), sqrt(2)).
-  const I k = (I)(V::bits(t) - 0x3F3504F3u) >> 23;
-  const F f = V::from_bits(V::bits(t) - ((U)k << 23));
+  const I k = V::to_signed(V::bits(t) - 0x3F3504F3u) >> 23;
+  const F f = V::from_bits(V::bits(t) - (V::to_unsigned(k) << 23));
   // Near U = 1 the rounding of t would cost 5e-5 in z: there U - 1 = -u is known to full precision.
-  const F s = k == 0 ? -u : f - V::splat(1.0f);
+  const F s = V::select(k == 0, -u, f - V::splat(1.0f));
 
   F q = V::splat(0x1.a359bcp-3f);
   q = V::fma(q, s, V::splat(-0x1.4ec5b2p-2f));
@@ -44,11 +46,10 @@ DDPM_FAST_HD void box_muller(typename V::U w_even, typename V::U w_odd, typename
                              typename V::F& z_odd) {
   using F = typename V::F;
   using U = typename V::U;
-  using I = typename V::I;
   const F r = V::sqrt(minus_two_log_uniform<V>(w_even));
 
   // y in [-1/2, 1/2]: the angle from the nearest quarter turn, in quarter turns.
-  const F y = V::from_int((I)(w_odd << 2)) * V::splat(0x1p-32f);
+  const F y = V::from_int(V::to_signed(w_odd << 2)) * V::splat(0x1p-32f);
   const F y2 = y * y;
   F sin_y = V::splat(-0x1.2cf5d4p-8f);
   sin_y = V::fma(sin_y, y2, V::splat(0x1.465a3ep-4f));
@@ -63,8 +64,9 @@ DDPM_FAST_HD void box_muller(typename V::U w_even, typename V::U w_odd, typename
 
   // The quadrant: bit 30 of `turn` swaps sine and cosine, bit 31 and its neighbour give the signs.
   const U turn = w_odd + 0x20000000u;
-  const F cos_part = (turn & 0x40000000u) != 0u ? sin_y : cos_y;
-  const F sin_part = (turn & 0x40000000u) != 0u ? cos_y : sin_y;
+  const auto swap = (turn & 0x40000000u) != 0u;
+  const F cos_part = V::select(swap, sin_y, cos_y);
+  const F sin_part = V::select(swap, cos_y, sin_y);
   z_even = V::from_bits(V::bits(r * cos_part) ^ ((turn + 0x40000000u) & 0x80000000u));
   z_odd = V::from_bits(V::bits(r * sin_part) ^ (turn & 0x80000000u));
 }

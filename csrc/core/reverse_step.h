@@ -61,8 +61,8 @@ DDPM_FAST_HD typename V::F guided(typename V::F cond, typename V::F uncond, type
 // NaN passes, as through torch.clamp.
 template <class V>
 DDPM_FAST_HD typename V::F clip(typename V::F x, typename V::F lo, typename V::F hi) {
-  x = x < lo ? lo : x;
-  return x > hi ? hi : x;
+  x = V::select(x < lo, lo, x);
+  return V::select(x > hi, hi, x);
 }
 
 template <class V>

@@ -8,14 +8,14 @@
 
 #include "../core/noise.h"
 #include "../core/normal.h"
-#include "simd.h"
+#include "pack.h"
 
 namespace ddpm_fast {
 namespace DDPM_FAST_ISA {
 
 constexpr int kGranule = 256;
 constexpr int kTile = 4096;  // elements a thread takes at a time; a multiple of kGranule
-static_assert(kGranule % (4 * kWidth) == 0, "a granule is whole groups of Philox blocks");
+
 
 inline int64_t size_of(DType dtype) {
   return dtype == DType::kFloat32 ? 4 : dtype == DType::kUInt8 ? 1 : 2;
@@ -109,23 +109,51 @@ inline void commit(void* base, DType dtype, int64_t offset, int n, const float* 
   }
 }
 
-// out[i] = z of element 4 * first_block + i, i < 4 * kWidth.
-inline __attribute__((always_inline)) void draw_group(const NoiseKey& key, uint32_t first_block,
-                                                      float* out) {
-  VecWord c[4] = {Lanes::block_counters(first_block), Lanes::splat_word(key.draw),
-                  Lanes::splat_word(static_cast<uint32_t>(key.sample)),
-                  Lanes::splat_word(static_cast<uint32_t>(key.sample >> 32))};
-  philox4x32_10<Lanes>(c, static_cast<uint32_t>(key.seed), static_cast<uint32_t>(key.seed >> 32));
-  VecF z0, z1, z2, z3;
-  box_muller<Lanes>(Lanes::pack(c[0]), Lanes::pack(c[1]), z0, z1);
-  box_muller<Lanes>(Lanes::pack(c[2]), Lanes::pack(c[3]), z2, z3);
-  Lanes::store_interleaved(out, z0, z1, z2, z3);
+// How many groups of 4 * kWidth elements are drawn in step, as measured: one, two and four of them
+// give 2.0, 2.5 and 2.8 G normals a second on a Zen 5 core with AVX-512.
+#if defined(__AVX512F__)
+constexpr int kGroups = 4;
+#elif defined(__AVX2__)
+constexpr int kGroups = 2;
+#else
+constexpr int kGroups = 1;
+#endif
+
+static_assert(kGranule % (4 * kWidth * kGroups) == 0, "a granule is whole groups");
+
+// out[i] = z of element 4 * first_block + i, i < 4 * kWidth * kGroups.
+inline __attribute__((always_inline)) void draw_groups(const NoiseKey& key, uint32_t first_block,
+                                                       float* out) {
+  using Words = PackLanes<kGroups>;
+  Words::Word c[4];
+  for (int g = 0; g < kGroups; ++g) {
+    c[0].v[g] = Lanes::block_counters(first_block + g * kWidth);
+    c[1].v[g] = Lanes::splat_word(key.draw);
+    c[2].v[g] = Lanes::splat_word(static_cast<uint32_t>(key.sample));
+    c[3].v[g] = Lanes::splat_word(static_cast<uint32_t>(key.sample >> 32));
+  }
+  philox4x32_10<Words>(c, static_cast<uint32_t>(key.seed), static_cast<uint32_t>(key.seed >> 32));
+
+  using Pairs = PackLanes<2 * kGroups>;  // (w0, w1) of each group, then (w2, w3)
+  Pairs::U w_even, w_odd;
+  for (int g = 0; g < kGroups; ++g) {
+    w_even.v[g] = Lanes::pack(c[0].v[g]);
+    w_odd.v[g] = Lanes::pack(c[1].v[g]);
+    w_even.v[kGroups + g] = Lanes::pack(c[2].v[g]);
+    w_odd.v[kGroups + g] = Lanes::pack(c[3].v[g]);
+  }
+  Pairs::F z_even, z_odd;
+  box_muller<Pairs>(w_even, w_odd, z_even, z_odd);
+  for (int g = 0; g < kGroups; ++g) {
+    Lanes::store_interleaved(out + g * 4 * kWidth, z_even.v[g], z_odd.v[g], z_even.v[kGroups + g],
+                             z_odd.v[kGroups + g]);
+  }
 }
 
 // The noise of elements [first, first + kGranule), first a multiple of 4.
 inline void draw_granule(const NoiseKey& key, int64_t first, float* out) {
-  for (int i = 0; i < kGranule; i += 4 * kWidth) {
-    draw_group(key, static_cast<uint32_t>((first + i) >> 2), out + i);
+  for (int i = 0; i < kGranule; i += 4 * kWidth * kGroups) {
+    draw_groups(key, static_cast<uint32_t>((first + i) >> 2), out + i);
   }
 }
 

@@ -58,12 +58,13 @@ VecI plain_granule(const Coefficients& c, const void* x_base, const void* m_base
   const auto* x_in = static_cast<const typename X::Element*>(x_base);
   const auto* m_in = static_cast<const typename M::Element*>(m_base);
   auto* out = static_cast<typename X::Element*>(out_base);
-  const VecF sigma = Lanes::splat(c.row.sigma);
+  const StepRow row = c.row;  // copies: what lies in memory would be read again after each store
+  const VecF lo = c.lo, hi = c.hi, sigma = Lanes::splat(row.sigma);
   VecI nan{};
   for (int j = 0; j < kGranule; j += kWidth) {
     const VecF x = X::load(x_in + j), m = M::load(m_in + j);
-    const VecF x0_hat = clip<Lanes>(predict_x0<Lanes>(c.row, x, m), c.lo, c.hi);
-    const VecF result = step_to<Lanes>(c.row, x0_hat, x, m, sigma, load_unaligned<VecF>(z + j));
+    const VecF x0_hat = clip<Lanes>(predict_x0<Lanes>(row, x, m), lo, hi);
+    const VecF result = step_to<Lanes>(row, x0_hat, x, m, sigma, load_unaligned<VecF>(z + j));
     nan |= result != result;
     X::store(out + j, result);
   }

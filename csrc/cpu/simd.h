@@ -68,6 +68,12 @@ struct Lanes {
   }
   static DDPM_FAST_HD U bits(F x) { return (U)x; }
   static DDPM_FAST_HD F from_bits(U u) { return (F)u; }
+  static DDPM_FAST_HD I to_signed(U u) { return (I)u; }
+  static DDPM_FAST_HD U to_unsigned(I i) { return (U)i; }
+  template <class T>
+  static DDPM_FAST_HD T select(I mask, T yes, T no) {
+    return mask ? yes : no;
+  }
   static DDPM_FAST_HD F from_int(I i) { return __builtin_convertvector(i, F); }
   static DDPM_FAST_HD F fma(F a, F b, F c) {
 #if defined(__AVX512F__)
@@ -120,7 +126,15 @@ struct Lanes {
     return {xor_low_halves(a.even, b.even, key), xor_low_halves(a.odd, b.odd, key)};
   }
   static DDPM_FAST_HD U pack(Word w) {
+#if defined(__AVX512F__)
+    const __m512 even = _mm512_castsi512_ps((__m512i)w.even);
+    return (U)_mm512_mask_moveldup_ps(even, 0xAAAA, _mm512_castsi512_ps((__m512i)w.odd));
+#elif defined(__AVX2__)
+    const __m256 odd = _mm256_moveldup_ps(_mm256_castsi256_ps((__m256i)w.odd));
+    return (U)_mm256_blend_ps(_mm256_castsi256_ps((__m256i)w.even), odd, 0xAA);
+#else
     return (U)((w.even & static_cast<uint64_t>(0xFFFFFFFFu)) | (w.odd << 32));
+#endif
   }
   static DDPM_FAST_HD Word splat_word(uint32_t x) {
     return {VecU64{} + static_cast<uint64_t>(x), VecU64{} + static_cast<uint64_t>(x)};
