@@ -2,8 +2,10 @@
 // allocation are Python's (ddpm_fast/ops); torch is not known here.
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
+#include <utility>
 
 #include "cpu/kernels.h"
 
@@ -92,6 +94,14 @@ void reverse_step(uintptr_t x, int x_dtype, uintptr_t model_output, uintptr_t mo
   cpu::reverse_step(p, threads);
 }
 
+// Least and greatest of `count` > 0 integers: checking a small tensor with torch's own min and max
+// costs more than a small step.
+std::pair<int64_t, int64_t> range(uintptr_t values, int64_t count) {
+  const int64_t* v = pointer<int64_t>(values);
+  const auto found = std::minmax_element(v, v + count);
+  return {*found.first, *found.second};
+}
+
 py::list supported_isas() {
   py::list names;
   for (const char* name : {"avx512", "avx2", "portable"}) {
@@ -115,6 +125,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("isa", &cpu::isa, "The instruction set that the CPU kernels use.");
   m.def("supported_isas", &supported_isas, "Those that this processor could use, widest first.");
   m.def("set_isa", &set_isa, py::arg("name"), "Uses another instruction set: the same bits.");
+  m.def("range", &range);
   m.def("randn", &randn);
   m.def("add_noise", &add_noise);
   m.def("reverse_step", &reverse_step);

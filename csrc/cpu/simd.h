@@ -244,7 +244,13 @@ struct Lanes {
 #endif
   }
   static DDPM_FAST_HD F load_u8(const uint8_t* p) {
+#if defined(__AVX512F__)
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(__AVX2__)
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
     return __builtin_convertvector(__builtin_convertvector(load_unaligned<VecU8>(p), I), F);
+#endif
   }
   static DDPM_FAST_HD bool any(I mask) {
     int32_t any = 0;

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..backends import native
+
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_INDEX = 1 << 24
 MAX_ELEMENTS = 1 << 34
@@ -99,7 +101,7 @@ def _ids_tensor(ids: Sequence[int], device: torch.device) -> Tensor:
 def check_ids_on_host(sample_ids: Tensor | None) -> None:
     """Raises ValueError for a negative id, where the ids lie on the host."""
     if sample_ids is not None and sample_ids.device.type == "cpu" and sample_ids.numel():
-        lowest = int(sample_ids.min())
+        lowest, _ = _range(sample_ids)
         if lowest < 0:
             raise ValueError(f"sample_ids must not be negative; got {lowest}")
 
@@ -107,9 +109,18 @@ def check_ids_on_host(sample_ids: Tensor | None) -> None:
 def check_range_on_host(name: str, values: Tensor, count: int) -> None:
     """Raises ValueError unless every value lies in 0 … count - 1, where they lie on the host."""
     if values.device.type == "cpu" and values.numel():
-        lowest, highest = int(values.min()), int(values.max())
+        lowest, highest = _range(values)
         if lowest < 0 or highest >= count:
             raise ValueError(f"{name} must lie in 0 … {count - 1}; got {lowest} … {highest}")
+
+
+def _range(values: Tensor) -> tuple[int, int]:
+    """Least and greatest of a contiguous int64 tensor on the host that is not empty."""
+    if native is not None:
+        lowest, highest = native.range(values.data_ptr(), values.numel())
+    else:
+        lowest, highest = (int(bound) for bound in values.aminmax())
+    return lowest, highest
 
 
 Layout = tuple[int, int, int, bool]  # samples, channels, pixels, channels_last
