@@ -104,7 +104,7 @@ def _add_noise(
     if ts is not None:
         checks.check_range_on_host("t", ts, weights.shape[0])
     x0, layout = checks.dense(x0)
-    out = checks.empty_laid_out(x0.shape, layout[3], dtype, x0.device)
+    out = checks.empty_like_dense(x0, dtype)
     if noise is not None:
         noise = checks.laid_out(noise, layout[3])
     if select(x0.device) == "reference":
@@ -164,8 +164,7 @@ def _add_noise_fake(
     noise: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    channels_last = not x0.is_contiguous() and checks.is_channels_last(x0)
-    return checks.empty_laid_out(x0.shape, channels_last, dtype, x0.device)
+    return checks.empty_like_dense(x0, dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -194,6 +194,13 @@ def runs_now(*tensors: Tensor | None) -> bool:
     return True
 
 
+def empty_like_dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A new tensor laid out as dense() would make ``tensor``."""
+    if tensor.is_contiguous() or is_channels_last(tensor):
+        return torch.empty_like(tensor, dtype=dtype)
+    return torch.empty(tensor.shape, dtype=dtype, device=tensor.device)
+
+
 def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 

@@ -160,7 +160,7 @@ def reverse_step(
             "under torch.no_grad()"
         )
     if out is None:
-        out = _empty_like_dense(x, x.dtype)
+        out = checks.empty_like_dense(x, x.dtype)
     else:
         _check_out("out", out, x, (x.dtype,))
     if out_lowp is not None:
@@ -168,7 +168,7 @@ def reverse_step(
     if nan_step is not None:
         checks.check_tensor("nan_step", nan_step, device, (torch.int32,))
         checks.check_same_shape("nan_step", nan_step, [1])
-    out_x0 = _empty_like_dense(x, torch.float32) if return_x0 else None
+    out_x0 = checks.empty_like_dense(x, torch.float32) if return_x0 else None
     if run_now:
         _run(*inputs, out=out, out_x0=out_x0, out_lowp=out_lowp, nan_step=nan_step)
     else:
@@ -366,15 +366,10 @@ def _reference(
     )
 
 
-def _empty_like_dense(x: Tensor, dtype: torch.dtype) -> Tensor:
-    channels_last = not x.is_contiguous() and checks.is_channels_last(x)
-    return checks.empty_laid_out(x.shape, channels_last, dtype, x.device)
-
-
 def _new_outputs(x: Tensor, return_x0: bool) -> tuple[Tensor, Tensor]:
-    out = _empty_like_dense(x, x.dtype)
+    out = checks.empty_like_dense(x, x.dtype)
     if return_x0:
-        return out, _empty_like_dense(x, torch.float32)
+        return out, checks.empty_like_dense(x, torch.float32)
     return out, x.new_empty(0, dtype=torch.float32)  # an op returns a fixed number of tensors
 
 
