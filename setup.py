@@ -29,11 +29,10 @@ To install without compiled kernels (pure PyTorch, much slower), set DDPM_FAST_N
 
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
-        import pybind11
-
         candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
         if not any(shutil.which(name.split()[0]) for name in candidates):
             sys.exit(NO_COMPILER.format(looked=", ".join(candidates)))
+        import pybind11
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"

@@ -19,7 +19,6 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-
 void randn(uintptr_t out, int dtype, int64_t samples, int64_t channels, int64_t pixels,
            bool channels_last, int64_t seed, uintptr_t seeds, uintptr_t sample_ids, uint32_t stream,
            int64_t index, uintptr_t indices, int threads) {

@@ -23,10 +23,11 @@ static_assert(sizeof(StepRow) == 9 * sizeof(float), "a row is nine floats in mem
 
 // What the model's second half of channels, if it has one, means.
 enum class Variance : int {
-  kNone = 0,          // there is none
-  kIgnored = 1,       // there is one, and the method takes no notice of it
-  kLearned = 2,       // log sigma^2
-  kLearnedRange = 3,  // v in [-1, 1] between log_var_min and log_var_max (Nichol & Dhariwal, eq. 15)
+  kNone = 0,     // there is none
+  kIgnored = 1,  // there is one, and the method takes no notice of it
+  kLearned = 2,  // log sigma^2
+  kLearnedRange =
+      3,  // v in [-1, 1] between log_var_min and log_var_max (Nichol & Dhariwal, eq. 15)
 };
 
 struct ReverseStepParams {

@@ -27,7 +27,7 @@ bool has_avx512() {
 #endif
 
 #define DDPM_FAST_KERNEL_SET(isa, supported) \
-  { #isa, supported, isa::randn, isa::add_noise, isa::reverse_step }
+  {#isa, supported, isa::randn, isa::add_noise, isa::reverse_step}
 
 // Widest first.
 const KernelSet kSets[] = {

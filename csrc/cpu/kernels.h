@@ -7,10 +7,10 @@
 
 namespace ddpm_fast {
 
-#define DDPM_FAST_DECLARE_KERNELS(isa)                           \
-  namespace isa {                                                \
-  void randn(const RandnParams& params, int threads);            \
-  void add_noise(const AddNoiseParams& params, int threads);     \
+#define DDPM_FAST_DECLARE_KERNELS(isa)                             \
+  namespace isa {                                                  \
+  void randn(const RandnParams& params, int threads);              \
+  void add_noise(const AddNoiseParams& params, int threads);       \
   void reverse_step(const ReverseStepParams& params, int threads); \
   }
 
@@ -21,9 +21,9 @@ DDPM_FAST_DECLARE_KERNELS(portable)
 // The set in use. `threads` bounds how many threads a call may take.
 namespace cpu {
 
-const char* isa();                      // "avx512", "avx2" or "portable"
-bool isa_supported(const char* name);   // built, and this processor has it
-void set_isa(const char* name);         // the caller has asked isa_supported
+const char* isa();                     // "avx512", "avx2" or "portable"
+bool isa_supported(const char* name);  // built, and this processor has it
+void set_isa(const char* name);        // the caller has asked isa_supported
 
 void randn(const RandnParams& params, int threads);
 void add_noise(const AddNoiseParams& params, int threads);

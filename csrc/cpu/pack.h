@@ -1,6 +1,6 @@
-// N vectors that take each operation of core/ together, one after the other in program order. A chain
-// of dependent operations leaves the processor waiting, and its scheduler is too small to find the
-// next chain by itself: with four in step the normals take half the time.
+// N vectors that take each operation of core/ together, one after the other in program order. A
+// chain of dependent operations leaves the processor waiting, and its scheduler is too small to
+// find the next chain by itself (granule.h has the figures).
 #pragma once
 
 #include "simd.h"
@@ -13,23 +13,23 @@ struct Pack {
   T v[N];
 };
 
-#define DDPM_FAST_PACK_UNARY(op)                                       \
-  template <class T, int N>                                            \
-  DDPM_FAST_HD Pack<T, N> operator op(Pack<T, N> a) {                  \
-    for (int i = 0; i < N; ++i) a.v[i] = op a.v[i];                    \
-    return a;                                                          \
+#define DDPM_FAST_PACK_UNARY(op)                      \
+  template <class T, int N>                           \
+  DDPM_FAST_HD Pack<T, N> operator op(Pack<T, N> a) { \
+    for (int i = 0; i < N; ++i) a.v[i] = op a.v[i];   \
+    return a;                                         \
   }
-#define DDPM_FAST_PACK_BINARY(op)                                      \
-  template <class T, int N>                                            \
-  DDPM_FAST_HD Pack<T, N> operator op(Pack<T, N> a, Pack<T, N> b) {    \
-    for (int i = 0; i < N; ++i) a.v[i] = a.v[i] op b.v[i];             \
-    return a;                                                          \
+#define DDPM_FAST_PACK_BINARY(op)                                   \
+  template <class T, int N>                                         \
+  DDPM_FAST_HD Pack<T, N> operator op(Pack<T, N> a, Pack<T, N> b) { \
+    for (int i = 0; i < N; ++i) a.v[i] = a.v[i] op b.v[i];          \
+    return a;                                                       \
   }
-#define DDPM_FAST_PACK_SCALAR(op)                                      \
-  template <class T, int N, class S>                                   \
-  DDPM_FAST_HD Pack<T, N> operator op(Pack<T, N> a, S b) {             \
-    for (int i = 0; i < N; ++i) a.v[i] = a.v[i] op b;                  \
-    return a;                                                          \
+#define DDPM_FAST_PACK_SCALAR(op)                          \
+  template <class T, int N, class S>                       \
+  DDPM_FAST_HD Pack<T, N> operator op(Pack<T, N> a, S b) { \
+    for (int i = 0; i < N; ++i) a.v[i] = a.v[i] op b;      \
+    return a;                                              \
   }
 #define DDPM_FAST_PACK_COMPARE(op)                                     \
   template <class T, int N>                                            \
@@ -91,7 +91,6 @@ struct PackLanes {
   static DDPM_FAST_HD U to_unsigned(I i) { return each<U>(i, Lanes::to_unsigned); }
   static DDPM_FAST_HD F from_int(I i) { return each<F>(i, Lanes::from_int); }
   static DDPM_FAST_HD F sqrt(F x) { return each<F>(x, Lanes::sqrt); }
-  static DDPM_FAST_HD U pack(Word w) { return each<U>(w, Lanes::pack); }
   static DDPM_FAST_HD F fma(F a, F b, F c) {
     for (int i = 0; i < N; ++i) a.v[i] = Lanes::fma(a.v[i], b.v[i], c.v[i]);
     return a;

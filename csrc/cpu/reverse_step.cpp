@@ -17,7 +17,10 @@ float value_at(const void* base, DType dtype, int64_t i) {
 class ModelOutput {
  public:
   ModelOutput(const ReverseStepParams& p, const void* base)
-      : base_(base), dtype_(p.model_dtype), shape_(p.shape), halves_(p.variance != Variance::kNone) {}
+      : base_(base),
+        dtype_(p.model_dtype),
+        shape_(p.shape),
+        halves_(p.variance != Variance::kNone) {}
 
   // Elements [i, i + n) of sample's half, in x's memory order.
   const float* load_half(int half, int64_t sample, int64_t i, int n, float* buffer) const {
@@ -98,8 +101,7 @@ VecI general_granule(const Coefficients& c, const Granule& g) {
     if (g.v != nullptr) {
       sigma = learned_sigma<Lanes>(c.row, c.variance, load_unaligned<VecF>(g.v + j));
     }
-    VecF x0_hat =
-        g.x0 != nullptr ? load_unaligned<VecF>(g.x0 + j) : predict_x0<Lanes>(c.row, x, m);
+    VecF x0_hat = g.x0 != nullptr ? load_unaligned<VecF>(g.x0 + j) : predict_x0<Lanes>(c.row, x, m);
     x0_hat = clip<Lanes>(x0_hat, c.lo, c.hi);
     const VecF result = step_to<Lanes>(c.row, x0_hat, x, m, sigma, load_unaligned<VecF>(g.z + j));
     nan |= result != result;

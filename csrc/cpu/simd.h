@@ -1,6 +1,6 @@
-// Lanes for one instruction set. The files of this folder that include it are compiled once for each
-// (CMakeLists.txt), with DDPM_FAST_ISA as the namespace of everything in them, so that no code built
-// for AVX-512 is ever merged with another copy of the same function.
+// Lanes for one instruction set. The files of this folder that include it are compiled once for
+// each (CMakeLists.txt), with DDPM_FAST_ISA as the namespace of everything in them, so that no code
+// built for AVX-512 is ever merged with another copy of the same function.
 #pragma once
 
 #if defined(__x86_64__)

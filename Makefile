@@ -1,0 +1,53 @@
+# Every target makes .venv with the versions in constraints.txt, once, and reuses it.
+VENV := .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+OUT ?= demo-out
+SOURCES := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
+FORMATTED := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
+
+.PHONY: install demo test test-long bench lint format typecheck clean
+.DELETE_ON_ERROR:
+
+install: $(VENV)/.built
+
+$(VENV)/.packages: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@
+
+$(VENV)/.built: $(VENV)/.packages setup.py CMakeLists.txt $(SOURCES)
+	$(BIN)/pip install --quiet --no-deps -e .
+	touch $@
+
+# Trains on handwritten digits and draws some: see demo-out/.
+demo: install
+	$(BIN)/ddpm-fast demo --out $(OUT)
+
+# Under ten minutes on two cores.
+test: install
+	$(BIN)/python -m pytest -m "not slow"
+
+# What takes longer: the whole demo, builds from scratch.
+test-long: install
+	$(BIN)/python -m pytest -m slow
+
+bench: install
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(FORMATTED)
+
+typecheck: install
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info ddpm_fast/_native*.so
