@@ -161,25 +161,59 @@ inline int64_t tile_pixels(const Shape& shape) {
   return std::max<int64_t>(kGranule, kTile / shape.channels / kGranule * kGranule);
 }
 
-// Room draw_channels_last needs: for the noise itself and for one channel's row of it.
+// Channels whose noise is brought into memory order together.
+constexpr int kRows = 4;
+
+// A channel's row of noise starts anywhere in its first block and ends anywhere in its last
+// granule.
+inline int64_t row_floats(int64_t pixels) { return pixels + 2 * kGranule; }
+
+// Room that draw_channels_last needs: for the noise in memory order, then for kRows rows of it.
 inline int64_t channels_last_floats(const Shape& shape) {
   const int64_t pixels = std::min(shape.pixels, tile_pixels(shape));
-  return pixels * shape.channels + kGranule + pixels + 2 * kGranule;
+  return pixels * shape.channels + kGranule + kRows * row_floats(pixels);
+}
+
+// out[p * stride + r] = row r's p-th value, r < kCount. Where stride is kCount, as for images, the
+// compiler makes shuffles of it.
+template <int kCount>
+inline void interleave(const float* const (&rows)[kRows], int64_t count, int64_t stride,
+                       float* out) {
+  const float* row[kCount];
+  for (int r = 0; r < kCount; ++r) row[r] = rows[r];
+  if (stride == kCount) {
+    for (int64_t p = 0; p < count; ++p) {
+      for (int r = 0; r < kCount; ++r) out[p * kCount + r] = row[r][p];
+    }
+    return;
+  }
+  for (int64_t p = 0; p < count; ++p) {
+    for (int r = 0; r < kCount; ++r) out[p * stride + r] = row[r][p];
+  }
 }
 
 // The noise of pixels [begin, end) of a channels_last sample, in memory order, at `out`.
 inline void draw_channels_last(const NoiseKey& key, const Shape& shape, int64_t begin, int64_t end,
                                float* out) {
   const int64_t channels = shape.channels, count = end - begin;
-  float* row = out + count * channels + kGranule;
-  for (int64_t c = 0; c < channels; ++c) {
-    const int64_t first = c * shape.pixels + begin;
-    const int64_t aligned = first & ~int64_t{3};
-    for (int64_t i = 0; i < first - aligned + count; i += kGranule) {
-      draw_granule(key, aligned + i, row + i);
+  float* const buffer = out + count * channels + kGranule;
+  for (int64_t c = 0; c < channels; c += kRows) {
+    const int held = static_cast<int>(std::min<int64_t>(kRows, channels - c));
+    const float* rows[kRows];
+    for (int r = 0; r < held; ++r) {
+      const int64_t first = (c + r) * shape.pixels + begin, skipped = first & 3;
+      float* row = buffer + r * row_floats(count);
+      for (int64_t i = 0; i < skipped + count; i += kGranule) {
+        draw_granule(key, first - skipped + i, row + i);
+      }
+      rows[r] = row + skipped;
     }
-    const float* z = row + (first - aligned);
-    for (int64_t p = 0; p < count; ++p) out[p * channels + c] = z[p];
+    switch (held) {
+      case 1: interleave<1>(rows, count, channels, out + c); break;
+      case 2: interleave<2>(rows, count, channels, out + c); break;
+      case 3: interleave<3>(rows, count, channels, out + c); break;
+      default: interleave<4>(rows, count, channels, out + c); break;
+    }
   }
 }
 
