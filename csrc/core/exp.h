@@ -6,7 +6,7 @@
 
 namespace ddpm_fast {
 
-// Defined for x <= 87; below -87 the result is that of -87 (1.6e-38). NaN passes through.
+// x is kept in [-87, 87], the range of float32 results; NaN passes through.
 template <class V>
 DDPM_FAST_HD typename V::F exp_clamped(typename V::F x) {
   using F = typename V::F;

@@ -16,7 +16,6 @@
 namespace ddpm_fast {
 
 struct ScalarLanes {
-  static constexpr int kLanes = 1;
   using F = float;
   using U = uint32_t;
   using I = int32_t;

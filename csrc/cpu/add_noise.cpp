@@ -56,7 +56,7 @@ void add_noise(const AddNoiseParams& p, int threads) {
       const int count = granule_length(i, end);
       const int64_t offset = n * elements + i;
       const float* z = p.noise != nullptr ? load(p.noise, p.noise_dtype, offset, count, z_buffer)
-                                          : noise.granule(i, z_buffer);
+                                          : noise.granule(i, count, z_buffer);
       if (direct_granule != nullptr && count == kGranule) {
         direct_granule(c, element(p.x0, p.x0_dtype, offset), z,
                        element(p.out, p.out_dtype, offset));

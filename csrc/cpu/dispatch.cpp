@@ -1,4 +1,5 @@
 // Picks the widest instruction set that this processor and its operating system offer.
+#include <atomic>
 #include <cstring>
 
 #include "kernels.h"
@@ -45,18 +46,20 @@ const KernelSet* find(const char* name) {
   return nullptr;
 }
 
-const KernelSet* current = find(nullptr);
+std::atomic<const KernelSet*> current{find(nullptr)};
 
 }  // namespace
 
-const char* isa() { return current->isa; }
+const char* isa() { return current.load()->isa; }
 bool isa_supported(const char* name) { return find(name) != nullptr; }
 void set_isa(const char* name) { current = find(name); }
 
-void randn(const RandnParams& params, int threads) { current->randn(params, threads); }
-void add_noise(const AddNoiseParams& params, int threads) { current->add_noise(params, threads); }
+void randn(const RandnParams& params, int threads) { current.load()->randn(params, threads); }
+void add_noise(const AddNoiseParams& params, int threads) {
+  current.load()->add_noise(params, threads);
+}
 void reverse_step(const ReverseStepParams& params, int threads) {
-  current->reverse_step(params, threads);
+  current.load()->reverse_step(params, threads);
 }
 
 }  // namespace cpu

@@ -82,7 +82,7 @@ inline const float* load(const void* base, DType dtype, int64_t offset, int n, f
     widen(source, dtype, buffer);
     return buffer;
   }
-  alignas(64) char padded[kGranule * 4] = {};
+  alignas(64) char padded[kGranule * sizeof(float)] = {};
   __builtin_memcpy(padded, source, n * size_of(dtype));
   widen(padded, dtype, buffer);
   return buffer;
@@ -120,12 +120,13 @@ constexpr int kGroups = 1;
 
 static_assert(kGranule % (4 * kWidth * kGroups) == 0, "a granule is whole groups");
 
-// out[i] = z of element 4 * first_block + i, i < 4 * kWidth * kGroups.
+// out[i] = z of element 4 * first_block + i, i < 4 * kWidth * kCount.
+template <int kCount>
 inline __attribute__((always_inline)) void draw_groups(const NoiseKey& key, uint32_t first_block,
                                                        float* out) {
-  using Words = PackLanes<kGroups>;
-  Words::Word c[4];
-  for (int g = 0; g < kGroups; ++g) {
+  using Words = PackLanes<kCount>;
+  typename Words::Word c[4];
+  for (int g = 0; g < kCount; ++g) {
     c[0].v[g] = Lanes::block_counters(first_block + g * kWidth);
     c[1].v[g] = Lanes::splat_word(key.draw);
     c[2].v[g] = Lanes::splat_word(static_cast<uint32_t>(key.sample));
@@ -133,27 +134,30 @@ inline __attribute__((always_inline)) void draw_groups(const NoiseKey& key, uint
   }
   philox4x32_10<Words>(c, static_cast<uint32_t>(key.seed), static_cast<uint32_t>(key.seed >> 32));
 
-  using Pairs = PackLanes<2 * kGroups>;  // (w0, w1) of each group, then (w2, w3)
-  Pairs::U w_even, w_odd;
-  for (int g = 0; g < kGroups; ++g) {
+  using Pairs = PackLanes<2 * kCount>;  // (w0, w1) of each group, then (w2, w3)
+  typename Pairs::U w_even, w_odd;
+  for (int g = 0; g < kCount; ++g) {
     w_even.v[g] = Lanes::pack(c[0].v[g]);
     w_odd.v[g] = Lanes::pack(c[1].v[g]);
-    w_even.v[kGroups + g] = Lanes::pack(c[2].v[g]);
-    w_odd.v[kGroups + g] = Lanes::pack(c[3].v[g]);
+    w_even.v[kCount + g] = Lanes::pack(c[2].v[g]);
+    w_odd.v[kCount + g] = Lanes::pack(c[3].v[g]);
   }
-  Pairs::F z_even, z_odd;
+  typename Pairs::F z_even, z_odd;
   box_muller<Pairs>(w_even, w_odd, z_even, z_odd);
-  for (int g = 0; g < kGroups; ++g) {
-    Lanes::store_interleaved(out + g * 4 * kWidth, z_even.v[g], z_odd.v[g], z_even.v[kGroups + g],
-                             z_odd.v[kGroups + g]);
+  for (int g = 0; g < kCount; ++g) {
+    Lanes::store_interleaved(out + g * 4 * kWidth, z_even.v[g], z_odd.v[g], z_even.v[kCount + g],
+                             z_odd.v[kCount + g]);
   }
 }
 
-// The noise of elements [first, first + kGranule), first a multiple of 4.
-inline void draw_granule(const NoiseKey& key, int64_t first, float* out) {
-  for (int i = 0; i < kGranule; i += 4 * kWidth * kGroups) {
-    draw_groups(key, static_cast<uint32_t>((first + i) >> 2), out + i);
-  }
+// The noise of elements [first, first + count), first a multiple of 4, count at most kGranule;
+// `out` has room for kGranule values, and those past `count` are of no meaning.
+inline void draw_granule(const NoiseKey& key, int64_t first, int64_t count, float* out) {
+  constexpr int kGroup = 4 * kWidth, kStep = kGroup * kGroups;
+  const uint32_t block = static_cast<uint32_t>(first >> 2);
+  int i = 0;
+  for (; i + kStep - kGroup < count; i += kStep) draw_groups<kGroups>(key, block + i / 4, out + i);
+  for (; i < count; i += kGroup) draw_groups<1>(key, block + i / 4, out + i);
 }
 
 // Pixels a tile of a channels_last tensor holds: about kTile elements, whole granules a channel.
@@ -204,7 +208,8 @@ inline void draw_channels_last(const NoiseKey& key, const Shape& shape, int64_t 
       const int64_t first = (c + r) * shape.pixels + begin, skipped = first & 3;
       float* row = buffer + r * row_floats(count);
       for (int64_t i = 0; i < skipped + count; i += kGranule) {
-        draw_granule(key, first - skipped + i, row + i);
+        draw_granule(key, first - skipped + i, std::min<int64_t>(skipped + count - i, kGranule),
+                     row + i);
       }
       rows[r] = row + skipped;
     }

@@ -67,7 +67,6 @@ DDPM_FAST_PACK_COMPARE(!=)
 
 template <int N>
 struct PackLanes {
-  static constexpr int kLanes = N * kWidth;
   using F = Pack<VecF, N>;
   using U = Pack<VecU, N>;
   using I = Pack<VecI, N>;

@@ -13,7 +13,7 @@ void randn(const RandnParams& p, int threads) {
     for (int64_t i = begin; i < end; i += kGranule) {
       const int count = granule_length(i, end);
       const int64_t offset = n * elements + i;
-      const float* z = noise.granule(i, target(p.out, p.dtype, offset, count, buffer));
+      const float* z = noise.granule(i, count, target(p.out, p.dtype, offset, count, buffer));
       float* out = target(p.out, p.dtype, offset, count, buffer);
       if (z != out) __builtin_memcpy(out, z, kGranule * sizeof(float));
       commit(p.out, p.dtype, offset, count, out);

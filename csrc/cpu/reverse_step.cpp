@@ -149,7 +149,7 @@ void reverse_step(const ReverseStepParams& p, int threads) {
       const int64_t offset = n * elements + i;
       const float* z = z_buffer;
       if (noisy) {
-        z = p.noise == nullptr ? noise.granule(i, z_buffer)
+        z = p.noise == nullptr ? noise.granule(i, count, z_buffer)
                                : load(p.noise, p.noise_dtype, offset, count, z_buffer);
       }
       if (plain_granule != nullptr && count == kGranule) {
@@ -163,13 +163,18 @@ void reverse_step(const ReverseStepParams& p, int threads) {
       g.x = load(p.x, p.x_dtype, offset, count, x_buffer);
       g.m = cond.load_half(0, n, i, count, m_buffer);
       if (p.model_output_uncond != nullptr) g.u = uncond.load_half(0, n, i, count, u_buffer);
-      if (learned) g.v = cond.load_half(1, n, i, count, v_buffer);
+      if (learned && noisy) g.v = cond.load_half(1, n, i, count, v_buffer);
       if (p.x0 != nullptr) g.x0 = load(p.x0, p.x0_dtype, offset, count, x0_buffer);
       g.out = target(p.out, p.x_dtype, offset, count, out_buffer);
       if (p.out_x0 != nullptr) {
         g.out_x0 = target(p.out_x0, DType::kFloat32, offset, count, out_x0_buffer);
       }
-      nan |= general_granule(c, g);
+      const VecI found = general_granule(c, g);
+      if (count == kGranule) {
+        nan |= found;
+      } else {  // past the end there may be anything
+        for (int j = 0; j < count; ++j) nan[0] |= g.out[j] != g.out[j];
+      }
       commit(p.out, p.x_dtype, offset, count, g.out);
       if (p.out_x0 != nullptr) commit(p.out_x0, DType::kFloat32, offset, count, g.out_x0);
       if (p.out_lowp != nullptr) commit(p.out_lowp, p.out_lowp_dtype, offset, count, g.out);

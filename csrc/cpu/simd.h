@@ -51,7 +51,6 @@ inline __attribute__((always_inline)) void store_unaligned(void* p, T v) {
 }
 
 struct Lanes {
-  static constexpr int kLanes = kWidth;
   using F = VecF;
   using U = VecU;
   using I = VecI;
@@ -230,7 +229,8 @@ struct Lanes {
     return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 #else
     F out;
-    for (int i = 0; i < kWidth; ++i) out[i] = float_from_half(p[i]);
+    const VecU16 halves = load_unaligned<VecU16>(p);
+    for (int i = 0; i < kWidth; ++i) out[i] = float_from_half(halves[i]);
     return out;
 #endif
   }
@@ -240,7 +240,9 @@ struct Lanes {
 #elif defined(__AVX2__)
     _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 #else
-    for (int i = 0; i < kWidth; ++i) p[i] = half_from_float(x[i]);
+    VecU16 halves;
+    for (int i = 0; i < kWidth; ++i) halves[i] = half_from_float(x[i]);
+    store_unaligned(p, halves);
 #endif
   }
   static DDPM_FAST_HD F load_u8(const uint8_t* p) {

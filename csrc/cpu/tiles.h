@@ -35,10 +35,10 @@ class TileNoise {
     }
   }
 
-  // kGranule values from `offset` on; past the tile's end they are of no meaning.
-  const float* granule(int64_t offset, float* buffer) const {
+  // `count` values from `offset` on, in a row of kGranule; those past `count` are of no meaning.
+  const float* granule(int64_t offset, int count, float* buffer) const {
     if (scratch_ != nullptr) return scratch_ + (offset - begin_);
-    draw_granule(key_, offset, buffer);
+    draw_granule(key_, offset, count, buffer);
     return buffer;
   }
 
