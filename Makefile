@@ -11,14 +11,10 @@ FORMATTED := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
 
 install: $(VENV)/.built
 
-$(VENV)/.packages: constraints.txt pyproject.toml
-	$(PYTHON) -m venv $(VENV)
+$(VENV)/.built: constraints.txt pyproject.toml setup.py CMakeLists.txt $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt torch==2.13.0
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
-	touch $@
-
-$(VENV)/.built: $(VENV)/.packages setup.py CMakeLists.txt $(SOURCES)
-	$(BIN)/pip install --quiet --no-deps -e .
 	touch $@
 
 # Trains on handwritten digits and draws some: see demo-out/.
@@ -34,7 +30,7 @@ test-long: install
 	$(BIN)/python -m pytest -m slow
 
 bench: install
-	$(BIN)/python -m pytest benchmarks --benchmark-only
+	$(BIN)/python -m pytest benchmarks --benchmark-only --results benchmarks/results
 
 lint: install
 	$(BIN)/ruff check .

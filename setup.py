@@ -59,6 +59,9 @@ class CMakeBuild(build_ext):
 
 
 native = os.environ.get("DDPM_FAST_NATIVE", "1") != "0"
+if not native:
+    for module in (ROOT / "ddpm_fast").glob("_native*.so"):
+        module.unlink()  # of an earlier build in this tree: it would be loaded
 setup(
     ext_modules=[Extension("ddpm_fast._native", sources=[])] if native else [],
     cmdclass={"build_ext": CMakeBuild},

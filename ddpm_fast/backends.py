@@ -93,16 +93,24 @@ def _cpu_status() -> BackendStatus:
 def _cuda_status() -> BackendStatus:
     if native is None:
         return BackendStatus("cuda", False, _why_no_native)
-    return BackendStatus("cuda", False, "this version has no CUDA kernels")
+    built = ", ".join(native.cuda_archs) or "none"
+    return BackendStatus("cuda", False, f"no CUDA kernels; architectures built: {built}")
 
 
 _default: str = os.environ.get("DDPM_FAST_BACKEND", "auto")
+if _default not in get_args(Backend):
+    raise ValueError(
+        f"DDPM_FAST_BACKEND: backend must be one of {', '.join(map(repr, get_args(Backend)))}; "
+        f"got {_default!r}"
+    )
 _chosen: ContextVar[str] = ContextVar("ddpm_fast_backend", default=_default)
 
 
 @contextlib.contextmanager
 def use_backend(name: Backend) -> Iterator[None]:
     """Runs the calls inside on one backend; "auto" leaves the choice to each tensor's device.
+
+    The choice holds for the thread (or task) that made it.
 
     Raises:
         ValueError: no such backend.

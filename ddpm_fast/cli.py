@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--out", type=Path, default=Path("demo-out"), help="folder for the results (%(default)s)"
     )
     demo.add_argument("--train-steps", type=_positive, help="fewer: a quick look, worse digits")
-    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--seed", type=_seed, default=0, help="0 … 2^32 - 1 (%(default)s)")
     demo.add_argument("--quiet", action="store_true", help="no progress bars")
 
     arguments = parser.parse_args(argv)
@@ -39,6 +39,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 1 << 32:
+        raise argparse.ArgumentTypeError("must lie in 0 … 2^32 - 1")
     return value
 
 

@@ -160,7 +160,7 @@ def randn(shape: Sequence[int], seeds: Tensor, sample_ids: Tensor, draws: Tensor
     blocks = torch.arange((elements + 3) // 4, device=sample_ids.device)
     w = noise_words(blocks, draws[:, None], seeds[:, None], sample_ids[:, None])
     z = torch.stack([*box_muller(w[0], w[1]), *box_muller(w[2], w[3])], -1)
-    return z.reshape(shape[0], -1)[:, :elements].reshape(list(shape)).contiguous()
+    return z.reshape(shape[0], 4 * len(blocks))[:, :elements].reshape(list(shape)).contiguous()
 
 
 def random_timesteps(num_steps: int, seeds: Tensor, sample_ids: Tensor) -> Tensor:
@@ -321,7 +321,7 @@ def reverse_step(
         log_var = v
         if variance == "learned_range":
             log_var = fma(fma(v, _half(v), _half(v)), log_max - log_min, log_min)
-        noise_scale = sigma * (0.5 * log_var).exp()
+        noise_scale = sigma * (0.5 * log_var).clamp(-87, 87).exp()
     noise_term = torch.where(sigma == 0, torch.zeros_like(z), noise_scale * z)
     return fma(b_0, x0_hat, fma(b_x, x, fma(b_m, m, noise_term))), x0_hat
 

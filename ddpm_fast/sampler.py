@@ -22,7 +22,15 @@ from .backends import Backend, require, use_backend
 from .ops.checks import FLOAT_DTYPES, check_ids_on_host, dense, noise_address
 from .ops.randn import randn
 from .ops.reverse_step import check_clip, reverse_step
-from .schedule import EpsSource, Method, NoiseSchedule, Prediction, Spacing, Variance
+from .schedule import (
+    EpsSource,
+    Method,
+    NoiseSchedule,
+    Prediction,
+    Spacing,
+    Variance,
+    integer,
+)
 
 Model = Callable[..., Any]
 _NO_NAN = torch.iinfo(torch.int32).max
@@ -54,6 +62,7 @@ class Sampler:
     Args:
         model: any callable ``(x [N, C, …], t int64 [N], **model_kwargs)`` returning a tensor, or an
             object whose ``.sample`` is one: [N, C, …], or [N, 2C, …] where the variance is learned.
+            It must leave x as it is.
         schedule: of the forward process that the model was trained on.
         prediction: what the model returns: "epsilon", "sample" (x_0) or "v_prediction".
         variance: "fixed_small" β̃, "fixed_large" β, "learned" log σ² or "learned_range".
@@ -104,7 +113,13 @@ class Sampler:
     ) -> None:
         if not callable(model):
             raise TypeError(f"model must be callable; got {type(model).__name__}")
+        if not isinstance(schedule, NoiseSchedule):
+            raise TypeError(f"schedule must be a NoiseSchedule; got {type(schedule).__name__}")
         check_clip(clip)
+        if guidance_scale is not None:
+            _check_guidance_scale(guidance_scale)
+        if denoised_fn is not None and not callable(denoised_fn):
+            raise TypeError(f"denoised_fn must be callable; got {type(denoised_fn).__name__}")
         if dynamic_threshold is not None:
             if not 0.0 < dynamic_threshold <= 1.0:
                 raise ValueError(f"dynamic_threshold must lie in (0, 1]; got {dynamic_threshold}")
@@ -171,7 +186,7 @@ class Sampler:
         Raises:
             TypeError, ValueError: an argument out of its range; a model output of another shape or
                 dtype, named with its step.
-            FloatingPointError: the model's output turned NaN, named with the step at which it did.
+            FloatingPointError: the state turned NaN, named with the step at which it did.
         """
         run = _Run(self, shape, seed, sample_ids, x_T, start, model_kwargs, uncond_kwargs)
         x = run.x
@@ -214,7 +229,9 @@ class _Run:
         uncond_kwargs: Mapping[str, Any] | None,
     ) -> None:
         self.sampler = sampler
-        shape = [int(size) for size in shape]
+        if isinstance(shape, (int, str)):
+            raise TypeError(f"shape must be [N, C, …]; got {shape!r}")
+        shape = [integer("shape", size) for size in shape]
         if len(shape) < 2:
             raise ValueError(f"shape must be [N, C, …]; got {shape}")
         if (sampler.guidance_scale is None) != (uncond_kwargs is None):
@@ -223,7 +240,7 @@ class _Run:
             )
         if start is not None and x_T is None:
             raise ValueError("start needs x_T, the state that its row begins with")
-        first = 0 if start is None else start
+        first = 0 if start is None else integer("start", start)
         if not 0 <= first < len(sampler):
             raise ValueError(f"start must lie in 0 … {len(sampler) - 1}; got {start}")
         model = sampler.model
@@ -231,20 +248,25 @@ class _Run:
             warnings.warn(
                 "the model is in training mode: dropout and batch statistics are active; "
                 "call model.eval() before sampling",
-                stacklevel=4,
+                stacklevel=3,
             )
         parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+        if x_T is not None and not isinstance(x_T, Tensor):
+            raise TypeError(f"x_T must be a tensor; got {type(x_T).__name__}")
+        if parameter is not None and parameter.dtype == torch.float64:
+            raise TypeError("the model's parameters are float64; call model.float() first")
         device = _device_of(sampler, x_T, parameter)
         _, seeds, ids = noise_address(seed, sample_ids, shape[0], device)
         check_ids_on_host(ids)
         self.seed = seed if seeds is None else seeds
         self.sample_ids = ids
         self.rows = range(first, len(sampler))
+        self.one_buffer = False
         self.timesteps: list[int] = sampler.table.timesteps.tolist()
         self.table = sampler.table.to(device)
         self.model_kwargs = dict(model_kwargs or {})
         self.uncond_kwargs = None if uncond_kwargs is None else dict(uncond_kwargs)
-        # The same word of low precision as the model's parameters, if it has one.
+        # The model's input dtype where it is not the state's; the step writes it beside the state.
         self.low_precision = (
             parameter.dtype
             if parameter is not None and parameter.dtype in (torch.bfloat16, torch.float16)
@@ -274,7 +296,7 @@ class _Run:
             output = self._call(x_in, t, self.model_kwargs, row)
             uncond = None
             if self.uncond_kwargs is not None:
-                uncond = self._call(x_in, t, self.uncond_kwargs, row)
+                output, uncond = self._call_both(output, x_in, t, row)
             with self.backend():
                 result = reverse_step(
                     x,
@@ -306,8 +328,11 @@ class _Run:
         return contextlib.nullcontext() if name == "auto" else use_backend(name)
 
     def _call(self, x: Tensor, t: Tensor, kwargs: dict[str, Any], row: int) -> Tensor:
+        version = x._version
         with torch.inference_mode():  # the model alone: the states are tensors without its limits
             output = self.sampler.model(x, t, **kwargs)
+        if x._version != version:
+            raise ValueError(f"the model changed its input x in place, at step {row}")
         if not isinstance(output, Tensor):
             output = getattr(output, "sample", output)
         if not isinstance(output, Tensor):
@@ -326,6 +351,17 @@ class _Run:
             )
         return output
 
+    def _call_both(self, output: Tensor, x: Tensor, t: Tensor, row: int) -> tuple[Tensor, Tensor]:
+        """Conditional and unconditional output; a model may return one buffer every time."""
+        assert self.uncond_kwargs is not None
+        kept = output.clone() if self.one_buffer else output
+        uncond = self._call(x, t, self.uncond_kwargs, row)
+        if not self.one_buffer and uncond.data_ptr() == output.data_ptr() and output.numel():
+            self.one_buffer = True
+            kept = self._call(x, t, self.model_kwargs, row).clone()
+            uncond = self._call(x, t, self.uncond_kwargs, row)
+        return kept, uncond
+
     def _processed_x0(
         self, x: Tensor, output: Tensor, uncond: Tensor | None, row: int
     ) -> Tensor | None:
@@ -342,8 +378,12 @@ class _Run:
         x0 = reference.predict_x0(x, m, self.table.rows, step)
         if sampler.denoised_fn is not None:
             x0 = sampler.denoised_fn(x0)
-            if not isinstance(x0, Tensor) or x0.shape != x.shape:
-                raise ValueError(f"denoised_fn must return a tensor of shape {list(x.shape)}")
+            if not isinstance(x0, Tensor) or x0.shape != x.shape or x0.dtype not in FLOAT_DTYPES:
+                found = f"{list(x0.shape)} {x0.dtype}" if isinstance(x0, Tensor) else type(x0)
+                raise ValueError(
+                    f"denoised_fn must return a float tensor of shape {list(x.shape)}; got {found}"
+                )
+            x0 = x0.float()
         if sampler.dynamic_threshold is not None and x0.numel():
             assert sampler.clip is not None
             x0 = dynamic_threshold(x0, sampler.dynamic_threshold, sampler.clip[1])
@@ -365,6 +405,18 @@ def dynamic_threshold(x0: Tensor, quantile: float, bound: float = 1.0) -> Tensor
     return x0.clamp(-s, s) * (bound / s)
 
 
+def _check_guidance_scale(scale: float | Tensor) -> None:
+    if isinstance(scale, Tensor):
+        if scale.dtype != torch.float32 or scale.ndim > 1:
+            raise TypeError(
+                f"guidance_scale must be float32, 0-d or [N]; got {scale.dtype} {list(scale.shape)}"
+            )
+    elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"guidance_scale must be a number or a tensor; got {scale!r}")
+    elif not math.isfinite(scale):
+        raise ValueError(f"guidance_scale must be finite; got {scale}")
+
+
 def _device_of(
     sampler: Sampler,
     x_T: Tensor | None,
@@ -381,7 +433,8 @@ def _raise_if_nan(nan_step: Tensor, timesteps: list[int]) -> None:
     row = int(nan_step)
     if row != _NO_NAN:
         raise FloatingPointError(
-            f"the model's output turned NaN at step {row}, t = {timesteps[row]}"
+            f"the state turned NaN at step {row}, t = {timesteps[row]}: the output of the model "
+            "(or of denoised_fn) is NaN or infinite there"
         )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -38,6 +39,16 @@ def one_of(name: str, value: object, choices: object) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}; got {value!r}")
 
 
+def integer(name: str, value: object) -> int:
+    """``value`` as an int, numpy's integers included; raises TypeError for anything else."""
+    if not isinstance(value, bool):
+        try:
+            return operator.index(value)  # type: ignore[arg-type]
+        except TypeError:
+            pass
+    raise TypeError(f"{name} must be an integer; got {value!r} ({type(value).__name__})")
+
+
 @dataclass(frozen=True, eq=False)
 class StepTable:
     """A trajectory as the kernels take it. Row 0 is the first step taken.
@@ -58,6 +69,23 @@ class StepTable:
     method: Method
     _by_device: dict[torch.device, StepTable] = field(default_factory=dict, repr=False)
 
+    def __post_init__(self) -> None:
+        rows, timesteps = self.rows, self.timesteps
+        if rows.dtype != torch.float32 or rows.ndim != 2 or rows.shape[1] != 9 or len(rows) == 0:
+            raise ValueError(f"rows must be float32 [S, 9]; got {rows.dtype} {list(rows.shape)}")
+        if timesteps.dtype != torch.int64 or timesteps.shape != rows.shape[:1]:
+            raise ValueError(
+                f"timesteps must be int64 [{len(rows)}]; got {timesteps.dtype} "
+                f"{list(timesteps.shape)}"
+            )
+        if not rows.is_contiguous() or not timesteps.is_contiguous():
+            raise ValueError("rows and timesteps must be contiguous")
+        if rows.device.type == "cpu":
+            if not bool((timesteps.diff() < 0).all()):
+                raise ValueError("timesteps must strictly decrease")
+            if timesteps[-1] < 0 or timesteps[0] >= MAX_NUM_STEPS:
+                raise ValueError("timesteps must lie in 0 … 2^24 - 1")
+
     def __len__(self) -> int:
         return self.rows.shape[0]
 
@@ -73,15 +101,14 @@ class StepTable:
         device = torch.device(device)
         if device == self.rows.device:
             return self
-        if device not in self._by_device:
-            self._by_device[device] = StepTable(
-                self.rows.to(device),
-                self.timesteps.to(device),
-                self.prediction,
-                self.variance,
-                self.method,
-            )
-        return self._by_device[device]
+        found = self._by_device.get(device)
+        if found is None:
+            with torch.inference_mode(False):
+                rows, timesteps = self.rows.to(device), self.timesteps.to(device)
+            found = StepTable(rows, timesteps, self.prediction, self.variance, self.method)
+            if type(rows) is Tensor:  # not what stands for one while a function is traced
+                self._by_device[device] = found
+        return found
 
 
 class NoiseSchedule:
@@ -107,8 +134,9 @@ class NoiseSchedule:
     4.03582...e-05
     """
 
+    @torch.inference_mode(False)  # so that autograd may save the tables wherever they were made
     def __init__(self, betas: Tensor | np.ndarray | Sequence[float]) -> None:
-        b = torch.as_tensor(np.asarray(betas, dtype=np.float64)).clone()
+        b = _as_float64(betas)
         if b.ndim != 1 or b.numel() == 0:
             raise ValueError(f"betas must be one-dimensional and not empty; got {list(b.shape)}")
         if b.numel() > MAX_NUM_STEPS:
@@ -124,6 +152,7 @@ class NoiseSchedule:
         self.alphas = 1 - b
         self.alphas_cumprod = torch.cumprod(self.alphas, 0)
         self.alphas_cumprod_prev = torch.cat([b.new_ones(1), self.alphas_cumprod[:-1]])
+        self._log_alphas_cumprod = torch.log1p(-b).cumsum(0)
         self.one_minus_alphas_cumprod = _one_minus_cumprod(b)
         one_minus_prev = torch.cat([b.new_zeros(1), self.one_minus_alphas_cumprod[:-1]])
         self.sqrt_alphas_cumprod = self.alphas_cumprod.sqrt()
@@ -141,7 +170,8 @@ class NoiseSchedule:
         )
         self.posterior_variance = b * one_minus_prev / self.one_minus_alphas_cumprod
         self.posterior_log_variance_clipped = _log_with_first_replaced(self.posterior_variance, b)
-        self._weights: dict[torch.device, Tensor] = {}
+        weights = torch.stack([self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod], 1)
+        self._weights = {weights.device: weights.float().contiguous()}
 
     def __len__(self) -> int:
         return self.betas.shape[0]
@@ -226,10 +256,13 @@ class NoiseSchedule:
 
     def forward_weights(self, device: torch.device) -> Tensor:
         """float32 [T, 2] on ``device``: sqrt(ᾱ), sqrt(1 - ᾱ) (Ho et al. 2020, eq. 4)."""
-        if device not in self._weights:
-            weights = torch.stack([self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod], 1)
-            self._weights[device] = weights.float().contiguous().to(device)
-        return self._weights[device]
+        weights = self._weights.get(device)
+        if weights is None:
+            with torch.inference_mode(False):
+                weights = self._weights[torch.device("cpu")].to(device)
+            if type(weights) is Tensor:  # not what stands for one while a function is traced
+                self._weights[device] = weights
+        return weights
 
     def spaced_timesteps(
         self,
@@ -253,7 +286,7 @@ class NoiseSchedule:
         if timesteps is not None:
             if num_steps is not None:
                 raise ValueError("give num_steps or timesteps, not both")
-            steps = [int(t) for t in timesteps]
+            steps = [integer("timesteps", t) for t in _iterable("timesteps", timesteps)]
             if not steps:
                 raise ValueError("timesteps must not be empty")
             if any(a <= b for a, b in itertools.pairwise(steps)):
@@ -263,8 +296,8 @@ class NoiseSchedule:
                     f"timesteps must lie in 0 … {total - 1}; got {steps[0]} … {steps[-1]}"
                 )
             return steps
-        n = total if num_steps is None else num_steps
-        if not isinstance(n, int) or not 1 <= n <= total:
+        n = total if num_steps is None else integer("num_steps", num_steps)
+        if not 1 <= n <= total:
             raise ValueError(f"num_steps must be an integer in 1 … {total}; got {num_steps!r}")
         i = np.arange(n)
         if spacing == "leading":
@@ -275,6 +308,7 @@ class NoiseSchedule:
             ascending = np.round(np.linspace(0, total - 1, n))
         return [int(t) for t in ascending[::-1]]
 
+    @torch.inference_mode(False)
     def step_table(
         self,
         *,
@@ -305,20 +339,20 @@ class NoiseSchedule:
             StepTable on the CPU; its last row has sigma = 0.
 
         Raises:
-            ValueError: an unknown name, eta out of range, a trajectory out of range, or epsilon
-                prediction at a step where ᾱ = 0.
+            TypeError, ValueError: an unknown name, eta out of range, a trajectory out of range, or
+                epsilon prediction at a step where ᾱ is 0 or too small for float32 rows.
         """
         one_of("prediction", prediction, Prediction)
         one_of("variance", variance, Variance)
         one_of("method", method, Method)
         one_of("eps_source", eps_source, EpsSource)
-        if not 0.0 <= eta <= 1.0:
+        if not isinstance(eta, (int, float)) or not 0.0 <= eta <= 1.0:
             raise ValueError(f"eta must lie in 0 … 1; got {eta}")
         if method == "ddpm" and (eta != 0.0 or eps_source != "x0"):
             raise ValueError("eta and eps_source belong to method='ddim'")
 
         steps = self.spaced_timesteps(num_steps, timesteps, spacing)
-        t = torch.tensor(steps)
+        t = torch.tensor(steps, device="cpu")
         step = _Trajectory.of(self, t)
         if prediction == "epsilon" and bool((step.ac == 0).any()):
             raise ValueError(
@@ -339,7 +373,15 @@ class NoiseSchedule:
         posterior_log_variance = _log_with_last_replaced(step.posterior_variance, step.beta)
         rows = torch.stack([*to_x0, *to_prev, posterior_log_variance, step.beta.log()], 1)
         rows[-1, 6] = 0.0
-        return StepTable(rows.float().contiguous(), t, prediction, variance, method)
+        rows = rows.float().contiguous()
+        if not bool(rows.isfinite().all()):
+            row = int((~rows.isfinite().all(1)).nonzero()[0])
+            raise ValueError(
+                f"the step at timestep {steps[row]} has no float32 form: alphas_cumprod is "
+                f"{step.ac[row].item():.3g} there; take smaller betas, another prediction, or a "
+                "trajectory that starts below it"
+            )
+        return StepTable(rows, t, prediction, variance, method)
 
     @staticmethod
     def _ddpm_columns(step: _Trajectory, variance: Variance) -> tuple[Tensor, ...]:
@@ -381,31 +423,34 @@ class NoiseSchedule:
 class _Trajectory:
     """The schedule seen along a list of timesteps: ᾱ′ belongs to the next, and is 1 after the last.
 
-    β = 1 − ᾱ/ᾱ′ is formed from the 1 − ᾱ column, which keeps its digits where ᾱ is near 1.
+    ᾱ/ᾱ′ and β = 1 − ᾱ/ᾱ′ come from sums of log α, which keep their digits where ᾱ is near 1 or 0.
     """
 
     ac: Tensor
     ac_prev: Tensor
     one_minus: Tensor
     one_minus_prev: Tensor
+    log_alpha: Tensor
 
     @classmethod
     def of(cls, schedule: NoiseSchedule, t: Tensor) -> _Trajectory:
         ac, one_minus = schedule.alphas_cumprod[t], schedule.one_minus_alphas_cumprod[t]
+        log_ac = schedule._log_alphas_cumprod[t]
         return cls(
             ac=ac,
             ac_prev=torch.cat([ac[1:], ac.new_ones(1)]),
             one_minus=one_minus,
             one_minus_prev=torch.cat([one_minus[1:], one_minus.new_zeros(1)]),
+            log_alpha=log_ac - torch.cat([log_ac[1:], log_ac.new_zeros(1)]),
         )
 
     @property
     def beta(self) -> Tensor:
-        return (self.one_minus - self.one_minus_prev) / self.ac_prev
+        return -torch.expm1(self.log_alpha)
 
     @property
     def alpha(self) -> Tensor:
-        return self.ac / self.ac_prev
+        return self.log_alpha.exp()
 
     @property
     def posterior_variance(self) -> Tensor:
@@ -432,9 +477,24 @@ def _log_with_last_replaced(variance: Tensor, betas: Tensor) -> Tensor:
 
 
 def _positive(num_steps: int) -> int:
-    if not isinstance(num_steps, int) or num_steps < 1:
+    if integer("num_steps", num_steps) < 1:
         raise ValueError(f"num_steps must be an integer of at least 1; got {num_steps!r}")
     return num_steps
+
+
+def _as_float64(betas: Tensor | np.ndarray | Sequence[float]) -> Tensor:
+    if isinstance(betas, Tensor):
+        return betas.detach().to("cpu", torch.float64, copy=True)
+    try:
+        return torch.from_numpy(np.array(betas, dtype=np.float64))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"betas must be numbers; got {type(betas).__name__}: {error}") from None
+
+
+def _iterable(name: str, values: Iterable[int]) -> Iterable[int]:
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be a list of integers; got {type(values).__name__}")
+    return values
 
 
 def _shortened(values: Sequence[int]) -> str:

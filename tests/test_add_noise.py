@@ -9,6 +9,7 @@ from helpers import DTYPES, LAYOUTS, SHAPES, assert_as_good_as_eager, laid_out
 from ddpm_fast import NoiseSchedule, add_noise, randn, reference, use_backend
 
 SCHEDULE = NoiseSchedule.cosine()
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def data(shape, dtype, seed=17):
@@ -139,7 +140,7 @@ X0 = torch.zeros(2, 3, 4, 4)
         (X0[0, 0, 0, 0], 0, {}, ValueError, "first dimension of samples"),
         (X0, 1000, {}, ValueError, "t must lie in 0 … 999; got 1000"),
         (X0, -1, {}, ValueError, "t must lie in 0 … 999; got -1"),
-        (X0, 1.0, {}, TypeError, "t must be an integer or an int64 tensor"),
+        (X0, 1.0, {}, TypeError, "t must be an integer; got 1.0"),
         (X0, torch.tensor([0, 1000]), {}, ValueError, "t must lie in 0 … 999; got 0 … 1000"),
         (X0, torch.tensor([0, 1, 2]), {}, ValueError, r"t must have shape \[2\]"),
         (X0, torch.tensor([0.0, 1.0]), {}, TypeError, "t must be int64"),

@@ -168,8 +168,7 @@ def test_threads_follow_torch():
         assert int(run.stdout) == count - 1, run.stderr
 
 
-def test_kernels_run_without_the_interpreter_lock():
-    """Two Python threads draw at once, each with its own torch thread count, same bits."""
+def test_several_python_threads_draw_the_same_bits():
     from concurrent.futures import ThreadPoolExecutor
 
     expected = randn([4, 250_000], seed=3)

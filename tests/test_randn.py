@@ -8,6 +8,8 @@ from helpers import DTYPES
 
 from ddpm_fast import randn
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck(dtype):
@@ -51,7 +53,7 @@ def test_odd_shapes(shape):
         ({"sample_ids": [1]}, ValueError, r"sample_ids must have shape \[2\]; got \[1\]"),
         ({"sample_ids": [1, -1]}, ValueError, "sample_ids must lie in 0 … 2"),
         ({"sample_ids": torch.tensor([1, -5])}, ValueError, "must not be negative; got -5"),
-        ({"sample_ids": [1, 2.0]}, TypeError, "sample_ids must be integers"),
+        ({"sample_ids": [1, 2.0]}, TypeError, "sample_ids must be an integer; got 2.0"),
         ({"sample_ids": torch.tensor([1.0, 2.0])}, TypeError, "sample_ids must be int64"),
         ({"stream": 256}, ValueError, "stream must lie in 0 … 255; got 256"),
         ({"index": 2**24}, ValueError, r"index must lie in 0 … 2\^24 - 1"),

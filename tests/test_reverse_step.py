@@ -21,6 +21,7 @@ from ddpm_fast import NoiseSchedule, randn, reference, reverse_step, use_backend
 from ddpm_fast.backends import native
 
 SCHEDULE = NoiseSchedule.cosine()
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 PREDICTIONS = ["epsilon", "sample", "v_prediction"]
 VARIANCES = ["fixed_small", "fixed_large", "learned", "learned_range"]
 SEED = 2**63 + 12345
@@ -196,6 +197,59 @@ def test_state_and_model_may_differ_in_dtype(dtype, model_dtype, isa):
     assert_as_good_as_eager(out, eagerly(x, m, table, steps, z, clip=(-1.0, 1.0))[0], exact)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_is_the_float32_step_rounded_once(dtype, isa):
+    for variance in ("fixed_small", "learned_range"):
+        table = table_of("epsilon", variance, num_steps=50)
+        x, m, _ = inputs((2, 3, 16, 17), dtype, table)
+        wide = reverse_step(x.float(), m.float(), table, 7, seed=SEED)
+        for layout in LAYOUTS:
+            low = reverse_step(laid_out(x, layout), laid_out(m, layout), table, 7, seed=SEED)
+            assert torch.equal(low, wide.to(dtype))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_odd_strides_and_empty(backend):
+    """Transposed, expanded, of size 1, empty: as their contiguous copies."""
+    table = table_of(num_steps=50)
+    base = randn((5, 3, 4, 6), seed=1)
+    views = [
+        base.transpose(2, 3),
+        base.transpose(0, 1),
+        base[:, :1].expand(5, 3, 4, 6),
+        base[:1, :, :, :1].transpose(0, 3),
+        base[:, 1:2],
+        base.flip(0)[:0],
+        base[:, :0],
+        base[0, 0, 0],
+    ]
+    with use_backend(backend):
+        for x in views:
+            m = torch.sin(x)
+            expected = reverse_step(x.contiguous(), m.contiguous(), table, 7, seed=1)
+            assert torch.equal(reverse_step(x, m, table, 7, seed=1), expected)
+            into = torch.empty(x.shape)
+            assert torch.equal(reverse_step(x, m, table, 7, seed=1, out=into), expected)
+            noise = torch.cos(x)
+            given = reverse_step(x, m, table, 7, seed=1, noise=noise)
+            contiguous = reverse_step(x.contiguous(), m, table, 7, seed=1, noise=noise.contiguous())
+            assert torch.equal(given, contiguous)
+
+
+def test_learned_variance_at_the_edges():
+    """Beyond float32's exponents, and NaN where σ is 0: the backends agree."""
+    for variance in ("learned", "learned_range"):
+        table = table_of("epsilon", variance, num_steps=50)
+        x, m, _ = inputs((1, 1, 1, 5), torch.float32, table)
+        m[0, 1, 0] = torch.tensor([200.0, -300.0, 1e30, -1e30, 5.0])
+        with use_backend("reference"):
+            expected = reverse_step(x, m, table, 7, seed=0)
+        found = reverse_step(x, m, table, 7, seed=0)
+        torch.testing.assert_close(found, expected, rtol=3e-6, atol=1e-6)
+        m[0, 1] = torch.nan
+        assert reverse_step(x, m, table, 49, seed=0).isfinite().all()
+
+
 def test_steps_as_int_scalar_and_per_sample(isa):
     table = table_of(num_steps=50)
     x, m, _ = inputs((4, 3, 8, 8), torch.float32, table)
@@ -262,6 +316,9 @@ def test_nan_passes_and_is_noted(isa):
         word = torch.full((1,), 1000, dtype=torch.int32)
         reverse_step(x, m, table, 7, seed=0, nan_step=word)
         assert word.item() == 1000
+        for layout in LAYOUTS:
+            reverse_step(laid_out(x, layout), laid_out(m, layout), table, 7, seed=0, nan_step=word)
+            assert word.item() == 1000
         m[1, 2, 12, 10] = torch.nan
         out = reverse_step(x, m, table, torch.tensor([9, 7, 3]), seed=0, nan_step=word)
         assert word.item() == 7
@@ -352,6 +409,40 @@ def test_gradient_against_float64_differences(variance, return_x0):
             down = total(*[moved if i == which else v for i, v in enumerate(values)])
             difference = ((up - down) / (2 * h)).item()
             assert leaf.grad.view(-1)[flat].item() == pytest.approx(difference, rel=1e-3, abs=1e-4)
+
+
+def test_what_autograd_cannot_follow_is_refused():
+    table = table_of()
+    x, m, _ = inputs((1, 3, 4, 4), torch.float32, table)
+    weight = torch.ones_like(x, requires_grad=True)
+    y = (weight * x).sum()
+    reverse_step(x, m, table, 4, seed=3, out=x)  # x is saved for y's backward
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+    import torch.autograd.forward_ad as forward_ad
+
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(RuntimeError, match="no forward-mode derivatives"):
+            reverse_step(dual, m, table, 4, seed=3)
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(
+        reverse_step(leaf, m, table, 4, seed=3).square().sum(), leaf, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="twice"):
+        gradient.sum().backward()
+
+
+def test_out_may_not_overlap_in_part():
+    table = table_of()
+    buffer = randn((5, 3, 4, 4), seed=1)
+    m = randn((4, 3, 4, 4), seed=2)
+    with pytest.raises(ValueError, match="out must not overlap x in part"):
+        reverse_step(buffer[:4], m, table, 0, seed=0, out=buffer[1:])
+    with pytest.raises(ValueError, match="out must not overlap model_output in part"):
+        reverse_step(m, buffer[:4], table, 0, seed=0, out=buffer[1:])
+    expected = reverse_step(m, buffer[:4], table, 0, seed=0)
+    assert torch.equal(reverse_step(m, buffer[:4], table, 0, seed=0, out=buffer[:4]), expected)
 
 
 def test_out_and_gradients_do_not_mix():
@@ -446,7 +537,7 @@ META = torch.zeros(2, 3, 4, 4, device="meta")
         (X, META, 0, {}, ValueError, "model_output must be on cpu, as the others are; got meta"),
         (X, X, 10, {}, ValueError, "step must lie in 0 … 9; got 10"),
         (X, X, -1, {}, ValueError, "step must lie in 0 … 9; got -1"),
-        (X, X, 1.0, {}, TypeError, "step must be an integer or an int64 tensor; got float"),
+        (X, X, 1.0, {}, TypeError, "step must be an integer; got 1.0 .float"),
         (X, X, torch.tensor([0, 10]), {}, ValueError, "step must lie in 0 … 9; got 0 … 10"),
         (X, X, torch.tensor(-1), {}, ValueError, "step must lie in 0 … 9; got -1 … -1"),
         (X, X, torch.tensor([0, 1, 2]), {}, ValueError, r"step must have shape \[2\]; got \[3\]"),

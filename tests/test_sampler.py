@@ -217,7 +217,33 @@ def test_channels_last_start_gives_the_same_samples():
     sampler_of().sample(SHAPE, seed=1, x_T=strided)
 
 
-def test_empty_batch():
+def test_model_that_returns_one_buffer():
+    """As a captured graph does: the unconditional output overwrites the conditional one."""
+    buffer = torch.empty(SHAPE)
+
+    def static(x, t, shift):
+        return buffer.copy_(model(x, t, shift))
+
+    shifts = torch.tensor([0.1, -0.1, 0.3, 0.0])
+    arguments = {"model_kwargs": {"shift": shifts}, "uncond_kwargs": {"shift": 0 * shifts}}
+    found = sampler_of(static, guidance_scale=2.0).sample(SHAPE, seed=1, **arguments)
+    plain = sampler_of(guidance_scale=2.0).sample(SHAPE, seed=1, **arguments)
+    assert torch.equal(found, plain)
+
+
+def test_no_false_alarm_on_channels_last():
+    """A partial last granule, with NaN in the memory that the scratch is made of."""
+    shape = (3, 3, 11, 13)
+    x = randn(shape, seed=1).to(memory_format=torch.channels_last)
+    for size in (5_000, 10_000, 50_000):
+        poison = [torch.full((size,), math.nan) for _ in range(8)]
+        del poison
+        assert sampler_of().sample(shape, seed=1, x_T=x).isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_empty_batch(backend):
+    assert sampler_of(backend=backend).sample([0, 3, 8, 8], seed=1).shape == (0, 3, 8, 8)
     assert sampler_of().sample([0, 3, 8, 8], seed=1).shape == (0, 3, 8, 8)
     assert sampler_of(dynamic_threshold=0.9).sample([0, 3, 8, 8]).shape == (0, 3, 8, 8)
 
@@ -266,7 +292,7 @@ def test_nan_is_named_with_its_step(when):
         return out
 
     with pytest.raises(
-        FloatingPointError, match=f"turned NaN at step {when}, t = {950 - 50 * when}$"
+        FloatingPointError, match=f"turned NaN at step {when}, t = {950 - 50 * when}:"
     ):
         sampler_of(turns_nan).sample(SHAPE)
     assert len(calls) == when + 1  # and it stops there
@@ -277,6 +303,12 @@ def test_nan_is_named_with_its_step(when):
     [
         ({"model": None}, TypeError, "model must be callable"),
         ({"clip": (1, -1)}, ValueError, "clip must be"),
+        ({"clip": 1.0}, ValueError, "clip must be"),
+        ({"schedule": [0.1]}, TypeError, "schedule must be a NoiseSchedule; got list"),
+        ({"guidance_scale": "2"}, TypeError, "guidance_scale must be a number or a tensor"),
+        ({"guidance_scale": math.nan}, ValueError, "guidance_scale must be finite"),
+        ({"guidance_scale": torch.ones(2).double()}, TypeError, "must be float32, 0-d or"),
+        ({"denoised_fn": 3}, TypeError, "denoised_fn must be callable; got int"),
         ({"dynamic_threshold": 0.0}, ValueError, r"must lie in \(0, 1\]"),
         ({"dynamic_threshold": 0.9, "clip": (-1, 2)}, ValueError, r"needs a clip of \(-c, c\)"),
         ({"dynamic_threshold": 0.9, "clip": None}, ValueError, "needs a clip"),
@@ -299,7 +331,14 @@ X = torch.zeros(SHAPE)
     ("sampler", "arguments", "error", "message"),
     [
         ({}, {"shape": [4]}, ValueError, r"shape must be \[N, C, …\]"),
+        ({}, {"shape": 4}, TypeError, r"shape must be \[N, C, …\]; got 4"),
         ({}, {"start": 3}, ValueError, "start needs x_T"),
+        ({}, {"start": 1.5, "x_T": X}, TypeError, "start must be an integer; got 1.5"),
+        ({}, {"x_T": [1.0]}, TypeError, "x_T must be a tensor; got list"),
+        ({"guidance_scale": torch.ones(3)}, {"uncond_kwargs": {}}, ValueError,
+         r"guidance_scale must have shape \[4\]"),
+        ({"model": lambda x, t: x.mul_(2)}, {}, ValueError, "changed its input x in place"),
+        ({"model": torch.nn.Linear(8, 8).double().eval()}, {}, TypeError, "parameters are float64"),
         ({}, {"start": 20, "x_T": X}, ValueError, "start must lie in 0 … 19; got 20"),
         ({}, {"x_T": X[:2]}, ValueError, r"x_T must have shape \[4, 3, 8, 8\]"),
         ({}, {"x_T": X.long()}, TypeError, "x_T must be floating point"),
@@ -313,7 +352,7 @@ X = torch.zeros(SHAPE)
         ({"model": lambda x, t: x, "variance": "learned"}, {}, ValueError, r"shape \[4, 6, 8, 8\]"),
         ({"model": lambda x, t: x.double()}, {}, ValueError, "float tensor of shape .*float64"),
         ({"model": lambda x, t: None}, {}, TypeError, "model must return a tensor, or an object"),
-        ({"denoised_fn": lambda x0: x0[:1]}, {}, ValueError, "denoised_fn must return a tensor"),
+        ({"denoised_fn": lambda x0: x0[:1]}, {}, ValueError, "denoised_fn must return a float"),
     ],
 )  # fmt: skip
 def test_bad_calls(sampler, arguments, error, message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import replace
 
@@ -214,15 +215,43 @@ def test_saving_leaves_nothing_half_written(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         randomised(UNet(SMALL)).save_pretrained(tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
-    (tmp_path / "file").write_text("")
     monkeypatch.undo()
+    (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError, match="is a file"):
         UNet(SMALL).save_pretrained(tmp_path / "file")
+
+
+def test_an_interrupted_pair_does_not_load(tmp_path, monkeypatch):
+    """New weights under an old config would load as another function: it is refused."""
+    UNet(SMALL).save_pretrained(tmp_path)
+    real, calls = os.replace, []
+
+    def second_fails(source, target):
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError("disk full")
+        real(source, target)
+
+    monkeypatch.setattr("os.replace", second_fails)
+    with pytest.raises(OSError, match="disk full"):
+        UNet(replace(SMALL, num_heads=4)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="were not saved together"):
+        UNet.from_pretrained(tmp_path)
+
+
+def test_bad_inputs():
+    model = UNet(replace(SMALL, num_classes=3))
+    x, t = torch.zeros(2, 3, 16, 16), torch.tensor([1, 2])
+    with pytest.raises(ValueError, match="class_labels must lie in 0 … 3; got 0 … 4"):
+        model(x, t, torch.tensor([0, 4]))
+    with pytest.raises(ValueError, match="multiples of 2"):
+        model(x[..., :15], t)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"out_channels": 0}, "at least 1"),
         ({"image_size": 18, "channels": (32, 64, 64)}, "multiple of 4"),
         ({"channels": ()}, "at least one resolution"),
         ({"channels": (32, 60)}, "multiples of norm_groups"),

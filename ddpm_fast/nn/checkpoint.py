@@ -7,6 +7,7 @@ safetensors, which is imported where it is used.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -35,7 +36,8 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def save(directory: str | os.PathLike[str], model: nn.Module, config: Any) -> None:
-    """Writes the weights, then the config that names their architecture."""
+    """Writes the weights, then the config. Each names the other: a pair that was not written
+    together, because the second failed, does not load."""
     from safetensors.torch import save as to_bytes
 
     folder = Path(directory)
@@ -43,13 +45,14 @@ def save(directory: str | os.PathLike[str], model: nn.Module, config: Any) -> No
         raise NotADirectoryError(f"a checkpoint is a directory; {folder} is a file")
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _state(model).items()}
-    write_bytes(folder / WEIGHTS, to_bytes(tensors, metadata={"format": "pt"}))
     description = {
         "format": "ddpm_fast",
         "format_version": FORMAT_VERSION,
         "architecture": type(model).__name__,
-        "config": dataclasses.asdict(config),
+        "config": json.loads(json.dumps(dataclasses.asdict(config))),  # tuples as JSON has them
     }
+    metadata = {"format": "pt", "config_sha256": _digest(description["config"])}
+    write_bytes(folder / WEIGHTS, to_bytes(tensors, metadata=metadata))
     write_bytes(folder / CONFIG, (json.dumps(description, indent=2) + "\n").encode())
 
 
@@ -77,14 +80,16 @@ def load_config(
         raise ValueError(f"{path} does not configure a {architecture}: {error}") from error
 
 
-def load_weights(directory: str | os.PathLike[str], model: nn.Module) -> None:
+def load_weights(directory: str | os.PathLike[str], model: nn.Module, config: Any) -> None:
     """Fills ``model``; every tensor of it must be there, of its shape, and no other."""
-    from safetensors import SafetensorError
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
     path = _existing(directory, WEIGHTS)
     try:
         tensors = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            written_with = (file.metadata() or {}).get("config_sha256")
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
     expected = _state(model)
@@ -100,10 +105,21 @@ def load_weights(directory: str | os.PathLike[str], model: nn.Module) -> None:
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ValueError(f"{path} does not fit its config: {'; '.join(problems[:3])}{more}")
+    if written_with != _digest(json.loads(json.dumps(dataclasses.asdict(config)))):
+        raise ValueError(
+            f"{path} and {CONFIG} were not saved together: was a save interrupted, or the config "
+            "edited?"
+        )
     dtypes = {tensor.dtype for tensor in tensors.values()}
+    if not all(dtype.is_floating_point for dtype in dtypes):
+        raise ValueError(f"{path} holds weights that are not floating point: {dtypes}")
     if len(dtypes) == 1:
         model.to(dtypes.pop())
     model.load_state_dict(tensors)
+
+
+def _digest(config: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 def _state(model: nn.Module) -> Mapping[str, Tensor]:

@@ -72,6 +72,13 @@ class UNetConfig:
                 f"attention_resolutions must be among {list(self.resolutions)}; got "
                 f"{sorted(missing)}"
             )
+        if self.channels[0] % 2:
+            raise ValueError(f"channels must begin with an even number; got {self.channels[0]}")
+        if min(self.channels) < 1 or (self.out_channels is not None and self.out_channels < 1):
+            raise ValueError(
+                f"channels and out_channels must be at least 1; got {self.channels}, "
+                f"{self.out_channels}"
+            )
         for name in ("dropout", "label_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must lie in [0, 1); got {getattr(self, name)}")
@@ -257,8 +264,12 @@ class UNet(nn.Module):
             [N, out_channels, S, S] in the parameters' dtype.
 
         Raises:
-            ValueError: labels for a network that has no classes.
+            ValueError: a side that cannot be halved so often, labels for a network that has no
+                classes, labels out of range (on the CPU, where they can be looked at).
         """
+        factor = 2 ** (len(self.config.channels) - 1)
+        if x.shape[2] % factor or x.shape[3] % factor:
+            raise ValueError(f"x's sides must be multiples of {factor}; got {list(x.shape)}")
         emb = self.time_mlp(timestep_embedding(t, self.config.channels[0]).to(self.dtype))
         if self.class_embedding is not None:
             emb = emb + self.class_embedding(self._labels(class_labels, t))
@@ -279,6 +290,10 @@ class UNet(nn.Module):
         assert null is not None
         if labels is None:
             return torch.full_like(t, null)
+        if labels.device.type == "cpu" and not torch.compiler.is_compiling() and labels.numel():
+            lowest, highest = (int(bound) for bound in labels.aminmax())
+            if lowest < 0 or highest > null:
+                raise ValueError(f"class_labels must lie in 0 … {null}; got {lowest} … {highest}")
         if self.training and self.config.label_dropout > 0:
             dropped = torch.rand(labels.shape, device=labels.device) < self.config.label_dropout
             labels = torch.where(dropped, null, labels)
@@ -303,7 +318,7 @@ class UNet(nn.Module):
         """
         config = checkpoint.load_config(directory, "UNet", UNetConfig)
         model = cls(config)
-        checkpoint.load_weights(directory, model)
+        checkpoint.load_weights(directory, model, config)
         return model.eval()
 
 

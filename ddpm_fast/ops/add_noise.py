@@ -63,17 +63,17 @@ def add_noise(
     """
     checks.check_tensor("x0", x0, getattr(x0, "device", None), X0_DTYPES)
     checks.check_batch("x0", x0.shape)
+    if not isinstance(schedule, NoiseSchedule):
+        raise TypeError(f"schedule must be a NoiseSchedule; got {type(schedule).__name__}")
     device, samples = x0.device, x0.shape[0]
     ts = None
     if isinstance(t, Tensor):
         checks.per_sample_int("t", t, samples, device)
         ts, t = t.contiguous(), 0
-    elif isinstance(t, bool) or not isinstance(t, (int, torch.SymInt)):
-        raise TypeError(f"t must be an integer or an int64 tensor; got {type(t).__name__}")
-    elif not 0 <= t < len(schedule):
-        raise ValueError(f"t must lie in 0 … {len(schedule) - 1}; got {t}")
+    else:
+        t = checks.as_int("t", t, len(schedule))
     seed, seeds, ids = checks.noise_address(seed, sample_ids, samples, device)
-    checks.check_index("index", index)
+    index = checks.as_int("index", index, checks.MAX_INDEX)
     if noise is not None:
         checks.check_tensor("noise", noise, device, checks.FLOAT_DTYPES)
         checks.check_same_shape("noise", noise, x0.shape)
@@ -102,7 +102,10 @@ def _add_noise(
 ) -> Tensor:
     checks.check_ids_on_host(sample_ids)
     if ts is not None:
+        checks.check_same_shape("t", ts, x0.shape[:1])
         checks.check_range_on_host("t", ts, weights.shape[0])
+    else:
+        checks.as_int("t", t, weights.shape[0])
     x0, layout = checks.dense(x0)
     out = checks.empty_like_dense(x0, dtype)
     if noise is not None:

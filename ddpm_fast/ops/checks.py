@@ -11,8 +11,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..backends import native
+from ..schedule import integer
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_INDEX = 1 << 24
@@ -48,11 +50,17 @@ def check_batch(name: str, shape: torch.Size) -> None:
         raise ValueError(f"{name} must have at most 2^34 elements a sample; got {list(shape)}")
 
 
-def check_index(name: str, index: object) -> None:
-    if isinstance(index, bool) or not isinstance(index, (int, torch.SymInt)):
-        raise TypeError(f"{name} must be an integer; got {type(index).__name__}")
-    if not 0 <= index < MAX_INDEX:
-        raise ValueError(f"{name} must lie in 0 … 2^24 - 1; got {index}")
+def as_int(name: str, value: object, stop: int) -> int:
+    """An integer in 0 … stop - 1; numpy's and traced ones count.
+
+    Raises:
+        TypeError, ValueError: anything else.
+    """
+    number = value if type(value) in (int, torch.SymInt) else integer(name, value)
+    if not 0 <= number < stop:  # type: ignore[operator]
+        shown = f"2^{stop.bit_length() - 1} - 1" if stop in (MAX_INDEX, 1 << 64) else stop - 1
+        raise ValueError(f"{name} must lie in 0 … {shown}; got {number}")
+    return number  # type: ignore[return-value]
 
 
 def per_sample_int(name: str, tensor: Tensor, samples: int, device: torch.device) -> None:
@@ -75,12 +83,10 @@ def noise_address(
     if isinstance(seed, Tensor):
         per_sample_int("seed", seed, samples, device)
         seeds, seed = seed.contiguous(), 0
-    elif isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt)):
-        raise TypeError(f"seed must be an integer or an int64 tensor; got {type(seed).__name__}")
-    elif not 0 <= seed < 1 << 64:
-        raise ValueError(f"seed must lie in 0 … 2^64 - 1; got {seed}")
-    elif seed >= 1 << 63:
-        seed -= 1 << 64
+    else:
+        seed = as_int("seed", seed, 1 << 64)
+        if seed >= 1 << 63:
+            seed -= 1 << 64
     if sample_ids is not None:
         if not isinstance(sample_ids, Tensor):
             sample_ids = _ids_tensor(sample_ids, device)
@@ -90,9 +96,7 @@ def noise_address(
 
 
 def _ids_tensor(ids: Sequence[int], device: torch.device) -> Tensor:
-    ids = list(ids)
-    if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
-        raise TypeError("sample_ids must be integers")
+    ids = [integer("sample_ids", i) for i in ids]
     if any(not 0 <= i < 1 << 63 for i in ids):
         raise ValueError(f"sample_ids must lie in 0 … 2^63 - 1; got {min(ids)} … {max(ids)}")
     return torch.tensor(ids, dtype=torch.int64, device=device)
@@ -187,11 +191,26 @@ def runs_now(*tensors: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
+    if torch._C._are_functorch_transforms_active():
+        return False
     grad = torch.is_grad_enabled()
     for tensor in tensors:
-        if tensor is not None and (type(tensor) is not Tensor or (grad and tensor.requires_grad)):
+        if tensor is not None and (
+            type(tensor) is not Tensor or (grad and tensor.requires_grad) or tensor.is_meta
+        ):
             return False
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(tensors)
     return True
+
+
+def _refuse_tangents(tensors: Sequence[Tensor | None]) -> None:
+    for tensor in tensors:
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise RuntimeError(
+                "ddpm_fast's ops have no forward-mode derivatives; use reverse mode, or "
+                "ddpm_fast.reference"
+            )
 
 
 def empty_like_dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -51,22 +51,24 @@ def randn(
     True
     """
     device = torch.device(device)
+    if isinstance(shape, (int, str)):
+        raise TypeError(f"shape must be [N, …]; got {shape!r}")
     if any(size < 0 for size in shape):
         raise ValueError(f"shape must not be negative; got {list(shape)}")
     checks.check_batch("shape", torch.Size(shape))
     if dtype not in checks.FLOAT_DTYPES:
         raise TypeError(f"dtype must be float32, bfloat16, float16; got {dtype}")
-    if not 0 <= stream <= 255:
-        raise ValueError(f"stream must lie in 0 … 255; got {stream}")
+    stream = checks.as_int("stream", stream, 256)
     seed, seeds, ids = checks.noise_address(seed, sample_ids, shape[0], device)
     indices = None
     if isinstance(index, Tensor):
         checks.per_sample_int("index", index, shape[0], device)
         indices, index = index.contiguous(), 0
     else:
-        checks.check_index("index", index)
+        index = checks.as_int("index", index, checks.MAX_INDEX)
     channels_last = _is_channels_last(memory_format, len(shape))
-    run = _randn if checks.runs_now(seeds, ids, indices) else torch.ops.ddpm_fast.randn.default
+    run_now = device.type != "meta" and checks.runs_now(seeds, ids, indices)
+    run = _randn if run_now else torch.ops.ddpm_fast.randn.default
     out: Tensor = run(shape, seed, seeds, ids, stream, index, indices, dtype, device, channels_last)
     return out
 

@@ -8,6 +8,8 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import increment_version
 
 from .. import reference
 from ..backends import DTYPES, native, select
@@ -17,6 +19,8 @@ from . import checks
 STREAM = 1  # reverse steps; the index is the timestep being left
 NO_CLIP = (-math.inf, math.inf)
 _VARIANCES = get_args(ModelVariance)
+# Where the ops' inputs of x's size stand among their arguments.
+_TENSOR_INPUTS = {"x": 0, "model_output": 1, "model_output_uncond": 12, "noise": 15, "x0": 16}
 
 _INPUTS = (
     "Tensor x, Tensor model_output, Tensor rows, Tensor timesteps, SymInt step, Tensor? steps, "
@@ -92,6 +96,8 @@ def reverse_step(
     torch.Size([2, 3, 4, 4])
     """
     _check_x(x)
+    if not isinstance(table, StepTable):
+        raise TypeError(f"table must be a StepTable; got {type(table).__name__}")
     device, samples = x.device, x.shape[0]
     steps = None
     if isinstance(step, Tensor):
@@ -99,10 +105,8 @@ def reverse_step(
         if step.ndim:
             checks.check_same_shape("step", step, [samples])
         steps, step = step.contiguous(), 0
-    elif isinstance(step, bool) or not isinstance(step, (int, torch.SymInt)):
-        raise TypeError(f"step must be an integer or an int64 tensor; got {type(step).__name__}")
-    elif not 0 <= step < len(table):
-        raise ValueError(f"step must lie in 0 … {len(table) - 1}; got {step}")
+    else:
+        step = checks.as_int("step", step, len(table))
     variance = table.model_variance
     _check_model_output("model_output", model_output, x, variance)
     scale, scales = 1.0, None
@@ -154,7 +158,7 @@ def reverse_step(
         result, clipped = run(*inputs, return_x0)
         return (result, clipped) if return_x0 else result
 
-    if not run_now and _needs_grad(x, model_output, model_output_uncond, x0):
+    if _needs_grad(x, model_output, model_output_uncond, x0, out, out_lowp):
         raise ValueError(
             "out, out_lowp and nan_step cannot be differentiated through: leave them out, or call "
             "under torch.no_grad()"
@@ -170,7 +174,7 @@ def reverse_step(
         checks.check_same_shape("nan_step", nan_step, [1])
     out_x0 = checks.empty_like_dense(x, torch.float32) if return_x0 else None
     if run_now:
-        _run(*inputs, out=out, out_x0=out_x0, out_lowp=out_lowp, nan_step=nan_step)
+        _reverse_step_out(*inputs, out=out, out_x0=out_x0, out_lowp=out_lowp, nan_step=nan_step)
     else:
         torch.ops.ddpm_fast.reverse_step_out.default(
             *inputs, out=out, out_x0=out_x0, out_lowp=out_lowp, nan_step=nan_step
@@ -182,10 +186,13 @@ def check_clip(clip: tuple[float, float] | None) -> tuple[float, float]:
     """The bounds as numbers, ±∞ for None; raises ValueError unless lo <= hi."""
     if clip is None:
         return NO_CLIP
-    lo, hi = clip
-    if not lo <= hi:
-        raise ValueError(f"clip must be (lo, hi) with lo <= hi, or None; got {clip}")
-    return float(lo), float(hi)
+    try:
+        lo, hi = clip
+        if lo <= hi:
+            return float(lo), float(hi)
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(f"clip must be (lo, hi) with lo <= hi, or None; got {clip}")
 
 
 def _check_x(x: Tensor) -> None:
@@ -219,10 +226,30 @@ def _check_out(name: str, out: Tensor, x: Tensor, dtypes: Sequence[torch.dtype])
     checks.check_same_shape(name, out, x.shape)
     if out.stride() == x.stride() and x.is_contiguous():
         return
-    _, layout = checks.dense(x)
-    if checks.layout_of(out) != layout:
-        order = "channels_last" if layout[3] else "contiguous"
+    channels_last = not x.is_contiguous() and checks.is_channels_last(x)
+    layout = checks.layout_of(out)
+    if layout is None or (layout[3] != channels_last and not out.is_contiguous()):
+        order = "channels_last" if channels_last else "contiguous"
         raise ValueError(f"{name} must be {order}, as x is or is made; got strides {out.stride()}")
+
+
+def _check_overlap(name: str, out: Tensor, other_name: str, other: Tensor | None) -> None:
+    """The same memory, element for element, is written after it is read; a part of it is not."""
+    if other is None:
+        return
+    if other.data_ptr() == out.data_ptr() and other.nbytes == out.nbytes:
+        return
+    begin, other_begin = out.data_ptr(), other.data_ptr()
+    extent = sum(
+        (size - 1) * stride for size, stride in zip(other.shape, other.stride(), strict=True)
+    )
+    if (
+        out.numel() > 0
+        and other.numel() > 0
+        and begin < other_begin + (extent + 1) * other.itemsize
+        and other_begin < begin + out.numel() * out.itemsize
+    ):
+        raise ValueError(f"{name} must not overlap {other_name} in part")
 
 
 def _run(
@@ -252,8 +279,12 @@ def _run(
     checks.check_ids_on_host(sample_ids)
     if steps is not None:
         checks.check_range_on_host("step", steps, rows.shape[0])
-        if steps.ndim == 0:
+        if steps.ndim:
+            checks.check_same_shape("step", steps, x.shape[:1])
+        else:
             steps = steps.expand(x.shape[0]).contiguous()
+    else:
+        checks.as_int("step", step, rows.shape[0])
     x, layout = checks.dense(x)
     channels_last = layout[3]
     model_output = checks.laid_out(model_output, channels_last)
@@ -388,7 +419,16 @@ def _reverse_step_fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 @torch.library.impl(checks.library, "reverse_step_out", "CompositeExplicitAutograd")
 def _reverse_step_out(*inputs: Any, **outputs: Any) -> None:
+    x, out, out_lowp = inputs[0], outputs["out"], outputs["out_lowp"]
+    if out is not x:
+        for name, i in _TENSOR_INPUTS.items():
+            _check_overlap("out", out, name, inputs[i])
+    if out_lowp is not None:
+        _check_overlap("out_lowp", out_lowp, "out", out)
     _run(*inputs, **outputs)
+    for written in (out, out_lowp, outputs["nan_step"]):
+        if written is not None and not written.is_inference():
+            increment_version(written)  # what autograd saved of it is no longer there
 
 
 @torch.library.register_fake("ddpm_fast::reverse_step_out", lib=checks.library)
@@ -396,7 +436,7 @@ def _reverse_step_out_fake(*inputs: Any, **outputs: Any) -> None:
     return None
 
 
-_DIFFERENTIABLE = {"x": 0, "model_output": 1, "model_output_uncond": 12, "x0": 16}
+_DIFFERENTIABLE = [i for name, i in _TENSOR_INPUTS.items() if name != "noise"]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -405,6 +445,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
 
 
+@once_differentiable
 def _backward(ctx: Any, grad: Tensor, grad_x0: Tensor) -> tuple[Tensor | None, ...]:
     """Differentiates the reference formula in float64, with the same noise redrawn."""
     saved = iter(ctx.saved_tensors)
@@ -413,9 +454,9 @@ def _backward(ctx: Any, grad: Tensor, grad_x0: Tensor) -> tuple[Tensor | None, .
         for value, tensor in zip(ctx.inputs, ctx.is_tensor, strict=True)
     ]
     return_x0 = inputs.pop()
-    wanted = [i for i in _DIFFERENTIABLE.values() if ctx.needs_input_grad[i]]
+    wanted = [i for i in _DIFFERENTIABLE if ctx.needs_input_grad[i]]
     doubles = list(inputs)
-    for i in _DIFFERENTIABLE.values():
+    for i in _DIFFERENTIABLE:
         if doubles[i] is not None:
             doubles[i] = doubles[i].detach().double().requires_grad_(i in wanted)
     (x, model_output, rows, timesteps, step, steps, seed, seeds, ids, variance, lo, hi) = doubles[
