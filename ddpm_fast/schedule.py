@@ -87,7 +87,7 @@ class StepTable:
                 raise ValueError("timesteps must lie in 0 … 2^24 - 1")
 
     def __len__(self) -> int:
-        return self.rows.shape[0]
+        return self.timesteps.numel()
 
     @property
     def model_variance(self) -> ModelVariance:

@@ -65,14 +65,20 @@ void for_each_tile(Shape shape, int threads, const Body& body) {
     ~Scratch() { delete[] data; }
   } scratch{floats > 0 ? new float[static_cast<size_t>(floats * threads)] : nullptr};
 
-#pragma omp parallel num_threads(threads) if (threads > 1)
+  const auto run_tile = [&](TileNoise& noise, int64_t i) {
+    const int64_t begin = i % per_sample * tile;
+    body(noise, i / per_sample, begin, begin + tile < elements ? begin + tile : elements);
+  };
+  if (threads == 1) {
+    TileNoise noise(shape, scratch.data);
+    for (int64_t i = 0; i < tiles; ++i) run_tile(noise, i);
+    return;
+  }
+#pragma omp parallel num_threads(threads)
   {
     TileNoise noise(shape, floats > 0 ? scratch.data + floats * thread_index() : nullptr);
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < tiles; ++i) {
-      const int64_t begin = i % per_sample * tile;
-      body(noise, i / per_sample, begin, begin + tile < elements ? begin + tile : elements);
-    }
+    for (int64_t i = 0; i < tiles; ++i) run_tile(noise, i);
   }
 }
 

@@ -37,8 +37,8 @@ def check_tensor(
     raise ValueError(f"{name} must be on {device}, as the others are; got {tensor.device}")
 
 
-def check_same_shape(name: str, tensor: Tensor, expected: Sequence[int]) -> None:
-    if tensor.shape != torch.Size(expected):
+def check_same_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
+    if tensor.shape != expected:
         raise ValueError(f"{name} must have shape {list(expected)}; got {list(tensor.shape)}")
 
 
@@ -65,7 +65,7 @@ def as_int(name: str, value: object, stop: int) -> int:
 
 def per_sample_int(name: str, tensor: Tensor, samples: int, device: torch.device) -> None:
     check_tensor(name, tensor, device, (torch.int64,))
-    check_same_shape(name, tensor, [samples])
+    check_same_shape(name, tensor, (samples,))
 
 
 def noise_address(
@@ -189,15 +189,16 @@ def runs_now(*tensors: Tensor | None) -> bool:
 
     The dispatcher costs 0.2 µs an argument, more than half of a small step's time.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return False
-    if torch._C._are_functorch_transforms_active():
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or (tensors[0] is not None and tensors[0].is_meta)
+    ):
         return False
     grad = torch.is_grad_enabled()
     for tensor in tensors:
-        if tensor is not None and (
-            type(tensor) is not Tensor or (grad and tensor.requires_grad) or tensor.is_meta
-        ):
+        if tensor is not None and (type(tensor) is not Tensor or (grad and tensor.requires_grad)):
             return False
     if forward_ad._current_level >= 0:
         _refuse_tangents(tensors)

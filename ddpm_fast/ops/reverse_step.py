@@ -103,7 +103,7 @@ def reverse_step(
     if isinstance(step, Tensor):
         checks.check_tensor("step", step, device, (torch.int64,))
         if step.ndim:
-            checks.check_same_shape("step", step, [samples])
+            checks.check_same_shape("step", step, (samples,))
         steps, step = step.contiguous(), 0
     else:
         step = checks.as_int("step", step, len(table))
@@ -122,7 +122,7 @@ def reverse_step(
         if isinstance(guidance_scale, Tensor):
             checks.check_tensor("guidance_scale", guidance_scale, device, (torch.float32,))
             if guidance_scale.ndim:
-                checks.check_same_shape("guidance_scale", guidance_scale, [samples])
+                checks.check_same_shape("guidance_scale", guidance_scale, (samples,))
             scales = guidance_scale.expand(samples).contiguous()
         else:
             scale = float(guidance_scale)  # type: ignore[arg-type]
@@ -171,7 +171,7 @@ def reverse_step(
         _check_out("out_lowp", out_lowp, x, (torch.bfloat16, torch.float16))
     if nan_step is not None:
         checks.check_tensor("nan_step", nan_step, device, (torch.int32,))
-        checks.check_same_shape("nan_step", nan_step, [1])
+        checks.check_same_shape("nan_step", nan_step, (1,))
     out_x0 = checks.empty_like_dense(x, torch.float32) if return_x0 else None
     if run_now:
         _reverse_step_out(*inputs, out=out, out_x0=out_x0, out_lowp=out_lowp, nan_step=nan_step)
@@ -325,30 +325,30 @@ def _run(
         x.data_ptr(),
         DTYPES[x.dtype],
         model_output.data_ptr(),
-        checks.address(model_output_uncond),
+        0 if model_output_uncond is None else model_output_uncond.data_ptr(),
         DTYPES[model_output.dtype],
-        checks.address(x0),
+        0 if x0 is None else x0.data_ptr(),
         0 if x0 is None else DTYPES[x0.dtype],
-        checks.address(noise),
+        0 if noise is None else noise.data_ptr(),
         0 if noise is None else DTYPES[noise.dtype],
         out.data_ptr(),
-        checks.address(out_x0),
-        checks.address(out_lowp),
+        0 if out_x0 is None else out_x0.data_ptr(),
+        0 if out_lowp is None else out_lowp.data_ptr(),
         0 if out_lowp is None else DTYPES[out_lowp.dtype],
         *layout,
         seed,
-        checks.address(seeds),
-        checks.address(sample_ids),
+        0 if seeds is None else seeds.data_ptr(),
+        0 if sample_ids is None else sample_ids.data_ptr(),
         variance,
         lo,
         hi,
         guidance_scale,
-        checks.address(guidance_scales),
+        0 if guidance_scales is None else guidance_scales.data_ptr(),
         rows.data_ptr(),
         timesteps.data_ptr(),
         step,
-        checks.address(steps),
-        checks.address(nan_step),
+        0 if steps is None else steps.data_ptr(),
+        0 if nan_step is None else nan_step.data_ptr(),
         checks.threads(),
     )
 
