@@ -31,8 +31,21 @@ inline T* element(T* base, DType dtype, int64_t offset) {
   return static_cast<Byte*>(base) + offset * size_of(dtype);
 }
 
-// A type in memory, kWidth values at a time.
-struct Float32 {
+// A type in memory, kWidth values at a time, or two times kWidth.
+template <class Type>
+struct Pairs {
+  template <class Element>
+  static DDPM_FAST_HD void load_pair(const Element* p, VecF& a, VecF& b) {
+    a = Type::load(p);
+    b = Type::load(p + kWidth);
+  }
+  template <class Element>
+  static DDPM_FAST_HD void store_pair(Element* p, VecF a, VecF b) {
+    Type::store(p, a);
+    Type::store(p + kWidth, b);
+  }
+};
+struct Float32 : Pairs<Float32> {
   using Element = float;
   static DDPM_FAST_HD VecF load(const Element* p) { return load_unaligned<VecF>(p); }
   static DDPM_FAST_HD void store(Element* p, VecF v) { store_unaligned(p, v); }
@@ -41,8 +54,14 @@ struct BFloat16 {
   using Element = uint16_t;
   static DDPM_FAST_HD VecF load(const Element* p) { return Lanes::load_bf16(p); }
   static DDPM_FAST_HD void store(Element* p, VecF v) { Lanes::store_bf16(p, v); }
+  static DDPM_FAST_HD void load_pair(const Element* p, VecF& a, VecF& b) {
+    Lanes::load_bf16_pair(p, a, b);
+  }
+  static DDPM_FAST_HD void store_pair(Element* p, VecF a, VecF b) {
+    Lanes::store_bf16_pair(p, a, b);
+  }
 };
-struct Float16 {
+struct Float16 : Pairs<Float16> {
   using Element = uint16_t;
   static DDPM_FAST_HD VecF load(const Element* p) { return Lanes::load_half(p); }
   static DDPM_FAST_HD void store(Element* p, VecF v) { Lanes::store_half(p, v); }
