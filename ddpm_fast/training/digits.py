@@ -99,7 +99,13 @@ def train(
     losses = []
     batches = _batches(digits, config)
     seeds = torch.full((config.batch_size,), config.seed, dtype=torch.int64)
-    bar = tqdm(range(config.train_steps), desc="training", unit="step", disable=not progress)
+    bar = tqdm(
+        range(config.train_steps),
+        desc="training",
+        unit="step",
+        mininterval=1.0,
+        disable=not progress,
+    )
     for step in bar:
         images, labels = next(batches)
         # An id counts the samples seen before it, so that no two visits share their noise.
