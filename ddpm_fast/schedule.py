@@ -179,11 +179,6 @@ class NoiseSchedule:
     def __repr__(self) -> str:
         return f"NoiseSchedule(num_steps={len(self)}, terminal_snr={self.snr[-1].item():.3g})"
 
-    @property
-    def num_steps(self) -> int:
-        """T."""
-        return len(self)
-
     # Named schedules -----------------------------------------------------------------------
 
     @classmethod
