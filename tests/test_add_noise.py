@@ -103,6 +103,15 @@ def test_gradient():
     torch.testing.assert_close(((moved - base) * weight).sum(), (x0.grad * weight).sum())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradient_in_low_precision(dtype, layout):
+    x0 = laid_out(data((3, 2, 3, 4), dtype), layout).requires_grad_()
+    add_noise(x0, 500, SCHEDULE, seed=5).float().sum().backward()
+    signal = SCHEDULE.sqrt_alphas_cumprod[500].to(dtype)
+    assert torch.equal(x0.grad, signal.expand_as(x0))
+
+
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.uint8])
 def test_opcheck(dtype):
     x0 = data((3, 2, 5, 7), dtype)

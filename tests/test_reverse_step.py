@@ -117,7 +117,7 @@ def test_shapes_and_layouts(shape, dtype, layout, isa):
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("method", ["ddpm", "ddim-x0", "ddim-model"])
 @pytest.mark.parametrize("clip", [(-1.0, 1.0), (-0.2, 3.0), None])
-def test_every_table(method, prediction, variance, clip):
+def test_every_table(method, prediction, variance, clip, isa):
     kwargs = {} if method == "ddpm" else {"method": "ddim", "eta": 0.7, "eps_source": method[5:]}
     table = table_of(prediction, variance, num_steps=77, spacing="trailing", **kwargs)
     shape = (3, 2, 9, 11)
