@@ -12,9 +12,10 @@ Environment variables:
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import ModuleType
@@ -91,10 +92,95 @@ def _cpu_status() -> BackendStatus:
 
 
 def _cuda_status() -> BackendStatus:
+    problem = _cuda_problem()
+    if problem:
+        return BackendStatus("cuda", False, problem)
+    cuda = native.cuda  # type: ignore[union-attr]
+    targets, driver = cuda.targets, _version(cuda.driver_version())
+    names, problems = [], []
+    for i in range(torch.cuda.device_count()):
+        problem = device_problem(i)
+        if problem:
+            problems.append(problem)
+        else:
+            names.append(torch.cuda.get_device_name(i))
+    detail = f"{', '.join(names)}; " if names else ""
+    detail += "; ".join([*problems, f"built for {', '.join(targets)}; driver for CUDA {driver}"])
+    return BackendStatus("cuda", bool(names), detail)
+
+
+def _cuda_problem() -> str:
+    """Why no GPU at all can run the CUDA kernels; "" if nothing is known to prevent it."""
     if native is None:
-        return BackendStatus("cuda", False, _why_no_native)
-    built = ", ".join(native.cuda_archs) or "none"
-    return BackendStatus("cuda", False, f"no CUDA kernels; architectures built: {built}")
+        return _why_no_native
+    if native.cuda is None:
+        return (
+            "installed without the CUDA kernels (no nvcc was found, or DDPM_FAST_CUDA=OFF was set); "
+            "put the CUDA toolkit's nvcc on PATH, or name it in CUDACXX, and reinstall with "
+            "DDPM_FAST_CUDA=ON"
+        )
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch"
+    problem = driver_problem(native.cuda.driver_version(), native.cuda.runtime_version())
+    if not problem and not torch.cuda.is_available():
+        problem = "torch finds no CUDA device"
+    return problem
+
+
+def driver_problem(driver: int, runtime: int) -> str:
+    """Why a driver for CUDA ``driver`` does not run kernels built with CUDA ``runtime``, or "".
+
+    Versions as CUDA counts them: 1000 major + 10 minor. Machine code runs on any driver of the same
+    major version or a later one (CUDA's minor version compatibility).
+    """
+    if driver == 0:
+        return "no NVIDIA driver was found"
+    if driver // 1000 < runtime // 1000:
+        return (
+            f"the driver is too old: it runs CUDA {_version(driver)} at most, the kernels were built "
+            f"with CUDA {_version(runtime)}; update the driver, or reinstall with an nvcc of CUDA "
+            f"{driver // 1000}"
+        )
+    return ""
+
+
+def target_problem(capability: tuple[int, int], targets: Sequence[str]) -> str:
+    """Why kernels built for ``targets`` do not run on a GPU of a compute capability, or "".
+
+    "sm_86" is machine code, for 8.6 and later minor versions; "compute_86" is PTX, which the driver
+    compiles for any later GPU.
+    """
+    major, minor = capability
+    for target in targets:
+        kind, _, number = target.partition("_")
+        if not number.isdigit():  # 90a: that GPU and no other
+            if number[:-1] == f"{major}{minor}":
+                return ""
+        elif kind == "compute":
+            if int(number) <= 10 * major + minor:
+                return ""
+        elif int(number) // 10 == major and int(number) % 10 <= minor:
+            return ""
+    return (
+        f"compute capability {major}.{minor}, and the kernels were built for {', '.join(targets)}; "
+        f'reinstall with DDPM_FAST_CUDA_ARCHS="{major}{minor}"'
+    )
+
+
+@functools.cache
+def device_problem(index: int) -> str:
+    """Why the CUDA kernels do not run on GPU ``index``; "" if they do."""
+    problem = _cuda_problem()
+    if not problem:
+        targets = native.cuda.targets  # type: ignore[union-attr]
+        problem = target_problem(torch.cuda.get_device_capability(index), targets)
+        if problem:
+            problem = f"cuda:{index} is a {torch.cuda.get_device_name(index)} of {problem}"
+    return problem
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 _default: str = os.environ.get("DDPM_FAST_BACKEND", "auto")
@@ -140,23 +226,66 @@ def select(device: torch.device) -> str:
     """The backend for tensors on ``device``: "reference" or one whose kernels take them."""
     name = _chosen.get()
     if name == "auto":
-        return _automatic(device.type)
+        return _automatic(device)
     require(name)
-    if name == "cpu" and device.type != "cpu":
-        raise RuntimeError(f"backend 'cpu' takes CPU tensors; got one on {device}")
+    if name == "reference":
+        return name
+    wanted = "cpu" if name == "cpu" else "cuda"
+    if device.type != wanted:
+        raise RuntimeError(f"backend '{name}' takes {wanted.upper()} tensors; got one on {device}")
+    if name == "cuda":
+        _require_device(device)
     return name
 
 
-def _automatic(device_type: str) -> str:
-    if device_type == "cpu":
+def _automatic(device: torch.device) -> str:
+    if device.type == "cpu":
         if native is not None:
             return "cpu"
         _warn_once(f"ddpm_fast runs its slow reference implementation: {_why_no_native}")
         return "reference"
-    raise RuntimeError(
-        f"no ddpm_fast kernels for {device_type} tensors: {_cuda_status().detail}; "
-        "DDPM_FAST_BACKEND=reference (or backend='reference') runs plain PyTorch on any device"
-    )
+    if device.type == "cuda":
+        _require_device(device)
+        return "cuda"
+    raise RuntimeError(f"no ddpm_fast kernels for {device.type} tensors; {_USE_REFERENCE}")
+
+
+_USE_REFERENCE = (
+    "DDPM_FAST_BACKEND=reference (or backend='reference') runs plain PyTorch on any device"
+)
+
+
+def _require_device(device: torch.device) -> None:
+    problem = _cuda_problem() if device.index is None else device_problem(device.index)
+    if problem:
+        raise RuntimeError(f"no ddpm_fast kernels for cuda tensors: {problem}; {_USE_REFERENCE}")
+
+
+def launch(op: str, backend: str, device: torch.device, *arguments: object) -> None:
+    """Runs an op's kernel on checked arguments; csrc/arguments.h has their order.
+
+    On a GPU it goes to the stream that is current on ``device``, and nothing waits for it.
+
+    Raises:
+        RuntimeError: the launch failed; the message is CUDA's.
+    """
+    if backend == "cpu":
+        # As many threads as torch uses; the kernels take fewer where there is little to do.
+        getattr(native, op)(*arguments, torch.get_num_threads())
+        return
+    index = device.index
+    kernel = getattr(native.cuda, op)  # type: ignore[union-attr]
+    if torch.cuda.current_device() == index:
+        kernel(*arguments, index, _stream(index))
+    else:
+        with torch.cuda.device(index):
+            kernel(*arguments, index, _stream(index))
+
+
+def _stream(index: int) -> int:
+    # torch.cuda.current_stream(index).cuda_stream, which makes two objects on its way.
+    stream: int = torch._C._cuda_getCurrentRawStream(index)
+    return stream
 
 
 _warned: set[str] = set()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from . import reference
 from .backends import Backend, require, use_backend
-from .ops.checks import FLOAT_DTYPES, check_ids_on_host, dense, noise_address
+from .ops.checks import FLOAT_DTYPES, check_ids_on_host, dense, indexed, noise_address
 from .ops.randn import randn
 from .ops.reverse_step import check_clip, reverse_step
 from .schedule import (
@@ -425,7 +425,7 @@ def _device_of(
     if x_T is not None:
         return x_T.device
     if sampler.device is not None:
-        return sampler.device
+        return indexed(sampler.device)
     return torch.device("cpu") if parameter is None else parameter.device
 
 

@@ -17,6 +17,7 @@ struct AddNoiseParams {
   NoiseSource source;
   int64_t index;         // of the draw
   const float* weights;  // [num_steps, 2]: sqrt(abar), sqrt(1 - abar)
+  int64_t num_steps;
   int64_t t;             // one timestep for all samples, or
   const int64_t* ts;     // [samples]
 };

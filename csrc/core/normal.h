@@ -16,19 +16,17 @@ template <class V>
 DDPM_FAST_HD typename V::F minus_two_log_uniform(typename V::U w) {
   using F = typename V::F;
   using U = typename V::U;
-  using I = typename V::I;
-  const U flipped = ~w;
-  const auto low = w < flipped;
-  const U v = V::select(low, w, flipped);  // < 2^31, so the signed conversion is right
+  const auto low = V::to_signed(w) > -1;
+  const U v = V::fold(w);  // the smaller of w and ~w: < 2^31, so the signed conversion is right
   // min(U, 1 - U), and U rounded
   const F u = V::fma(V::from_int(V::to_signed(v)), V::splat(0x1p-32f), V::splat(0x1p-33f));
   const F t = V::select(low, u, V::splat(1.0f) - u);
 
-  // t = 2^k f with f in [sqrt(1/2), sqrt(2)).
-  const I k = V::to_signed(V::bits(t) - 0x3F3504F3u) >> 23;
-  const F f = V::from_bits(V::bits(t) - (V::to_unsigned(k) << 23));
+  // t = 2^k f with f in [sqrt(1/2), sqrt(2)); k stays where it lies in the exponent's bits.
+  const U k = (V::bits(t) - 0x3F3504F3u) & 0xFF800000u;
+  const F f = V::from_bits(V::bits(t) - k);
   // Near U = 1 the rounding of t would cost 5e-5 in z: there U - 1 = -u is known to full precision.
-  const F s = V::select(k == 0, -u, f - V::splat(1.0f));
+  const F s = V::select(k == 0u, -u, f - V::splat(1.0f));
 
   F q = V::splat(0x1.a359bcp-3f);
   q = V::fma(q, s, V::splat(-0x1.4ec5b2p-2f));
@@ -38,7 +36,8 @@ DDPM_FAST_HD typename V::F minus_two_log_uniform(typename V::U w) {
   q = V::fma(q, s, V::splat(-0x1.555b1cp-1f));
   q = V::fma(q, s, V::splat(0x1.00007ep+0f));
   const F minus_two_log_f = V::fma(q, s * s, V::splat(-2.0f) * s);
-  return V::fma(V::from_int(k), V::splat(-0x1.62e430p+0f), minus_two_log_f);  // -2 ln 2
+  const F exponent = V::from_int(V::to_signed(k));  // 2^23 k
+  return V::fma(exponent, V::splat(-0x1.62e430p-23f), minus_two_log_f);  // -2 ln 2
 }
 
 template <class V>
@@ -62,13 +61,12 @@ DDPM_FAST_HD void box_muller(typename V::U w_even, typename V::U w_odd, typename
   cos_y = V::fma(cos_y, y2, V::splat(-0x1.3bd3ccp+0f));
   cos_y = V::fma(cos_y, y2, V::splat(1.0f));
 
-  // The quadrant: bit 30 of `turn` swaps sine and cosine, bit 31 and its neighbour give the signs.
+  // The quadrant: bit 31 of `turn` says a half turn, bit 30 a quarter more.
   const U turn = w_odd + 0x20000000u;
-  const auto swap = (turn & 0x40000000u) != 0u;
-  const F cos_part = V::select(swap, sin_y, cos_y);
-  const F sin_part = V::select(swap, cos_y, sin_y);
-  z_even = V::from_bits(V::bits(r * cos_part) ^ ((turn + 0x40000000u) & 0x80000000u));
-  z_odd = V::from_bits(V::bits(r * sin_part) ^ (turn & 0x80000000u));
+  const F radius = V::from_bits(V::bits(r) ^ (turn & 0x80000000u));
+  const auto quarter = V::has_bit(turn, 0x40000000u);
+  z_even = radius * V::select(quarter, -sin_y, cos_y);
+  z_odd = radius * V::select(quarter, cos_y, sin_y);
 }
 
 }  // namespace ddpm_fast

@@ -22,9 +22,7 @@ constexpr uint32_t kPhiloxW1 = 0xBB67AE85u;  // sqrt(3) - 1
 template <class V>
 DDPM_FAST_HD void philox4x32_10(typename V::Word (&c)[4], uint32_t k0, uint32_t k1) {
   using Word = typename V::Word;
-#if defined(__CUDACC__)
-#pragma unroll
-#endif
+  DDPM_FAST_UNROLL
   for (int round = 0; round < 10; ++round) {
     Word hi0, lo0, hi1, lo1;
     V::mul_hi_lo(kPhiloxM0, c[0], hi0, lo0);

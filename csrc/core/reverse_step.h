@@ -45,12 +45,23 @@ struct ReverseStepParams {
   Variance variance;
   float lo, hi;
   float guidance_scale;
-  const float* guidance_scales;  // [samples] or null: one scale for all
+  const float* guidance_scales;  // [samples], [1] where the stride is 0, or null: one scale for all
+  int64_t guidance_scales_stride;
   const StepRow* rows;
-  const int64_t* timesteps;  // [number of rows]: the index of each row's draw
-  int64_t step;              // one row for all samples, or
-  const int64_t* steps;      // [samples]
-  int32_t* nan_step;         // lowered to the first row whose result holds a NaN, or null
+  const int64_t* timesteps;  // [num_rows]: the index of each row's draw
+  int64_t num_rows;
+  int64_t step;          // one row for all samples, or
+  const int64_t* steps;  // [samples], [1] where the stride is 0
+  int64_t steps_stride;
+  int32_t* nan_step;  // lowered to the first row whose result holds a NaN, or null
+
+  DDPM_FAST_HD int64_t step_of(int64_t sample) const {
+    return steps != nullptr ? steps[sample * steps_stride] : step;
+  }
+  DDPM_FAST_HD float guidance_scale_of(int64_t sample) const {
+    return guidance_scales != nullptr ? guidance_scales[sample * guidance_scales_stride]
+                                      : guidance_scale;
+  }
 };
 
 // Classifier-free guidance (Ho & Salimans 2022, in the form m_u + s (m_c - m_u)).
@@ -59,11 +70,10 @@ DDPM_FAST_HD typename V::F guided(typename V::F cond, typename V::F uncond, type
   return V::fma(scale, cond - uncond, uncond);
 }
 
-// NaN passes, as through torch.clamp.
+// NaN passes, as through torch.clamp. No bound is -0.
 template <class V>
 DDPM_FAST_HD typename V::F clip(typename V::F x, typename V::F lo, typename V::F hi) {
-  x = V::select(x < lo, lo, x);
-  return V::select(x > hi, hi, x);
+  return V::at_most(V::at_least(x, lo), hi);
 }
 
 template <class V>
@@ -84,11 +94,13 @@ DDPM_FAST_HD typename V::F learned_sigma(const StepRow& row, Variance variance, 
   return V::splat(row.sigma) * exp_clamped<V>(V::splat(0.5f) * log_var);
 }
 
+// The noise's term is rounded once, and +0 where sigma is 0, whatever the sign of z.
 template <class V>
 DDPM_FAST_HD typename V::F step_to(const StepRow& row, typename V::F x0_hat, typename V::F x,
                                    typename V::F m, typename V::F sigma, typename V::F z) {
+  const typename V::F noise = V::fma(sigma, z, V::splat(0.0f));
   return V::fma(V::splat(row.b_0), x0_hat,
-                V::fma(V::splat(row.b_x), x, V::fma(V::splat(row.b_m), m, sigma * z)));
+                V::fma(V::splat(row.b_x), x, V::fma(V::splat(row.b_m), m, noise)));
 }
 
 }  // namespace ddpm_fast

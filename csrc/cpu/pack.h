@@ -57,6 +57,7 @@ DDPM_FAST_PACK_SCALAR(&)
 DDPM_FAST_PACK_SCALAR(<<)
 DDPM_FAST_PACK_SCALAR(>>)
 DDPM_FAST_PACK_COMPARE(<)
+DDPM_FAST_PACK_COMPARE(>)
 DDPM_FAST_PACK_COMPARE(==)
 DDPM_FAST_PACK_COMPARE(!=)
 
@@ -88,6 +89,12 @@ struct PackLanes {
   static DDPM_FAST_HD F from_bits(U u) { return each<F>(u, Lanes::from_bits); }
   static DDPM_FAST_HD I to_signed(U u) { return each<I>(u, Lanes::to_signed); }
   static DDPM_FAST_HD U to_unsigned(I i) { return each<U>(i, Lanes::to_unsigned); }
+  static DDPM_FAST_HD I has_bit(U u, uint32_t bit) {
+    I mask;
+    for (int i = 0; i < N; ++i) mask.v[i] = Lanes::has_bit(u.v[i], bit);
+    return mask;
+  }
+  static DDPM_FAST_HD U fold(U w) { return each<U>(w, Lanes::fold); }
   static DDPM_FAST_HD F from_int(I i) { return each<F>(i, Lanes::from_int); }
   static DDPM_FAST_HD F sqrt(F x) { return each<F>(x, Lanes::sqrt); }
   static DDPM_FAST_HD F fma(F a, F b, F c) {

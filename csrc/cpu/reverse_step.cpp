@@ -135,10 +135,9 @@ void reverse_step(const ReverseStepParams& p, int threads) {
   const PlainGranule plain_granule = plain ? plain_granule_of(p.x_dtype, p.model_dtype) : nullptr;
 
   for_each_tile(p.shape, threads, [&](TileNoise& noise, int64_t n, int64_t begin, int64_t end) {
-    const int64_t step = p.steps != nullptr ? p.steps[n] : p.step;
-    const float scale = p.guidance_scales != nullptr ? p.guidance_scales[n] : p.guidance_scale;
-    const Coefficients c{p.rows[step], p.variance, Lanes::splat(scale), Lanes::splat(p.lo),
-                         Lanes::splat(p.hi)};
+    const int64_t step = p.step_of(n);
+    const Coefficients c{p.rows[step], p.variance, Lanes::splat(p.guidance_scale_of(n)),
+                         Lanes::splat(p.lo), Lanes::splat(p.hi)};
     alignas(64) float x_buffer[kGranule], m_buffer[kGranule], u_buffer[kGranule];
     alignas(64) float v_buffer[kGranule], x0_buffer[kGranule], z_buffer[kGranule];
     alignas(64) float out_buffer[kGranule], out_x0_buffer[kGranule];

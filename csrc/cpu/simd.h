@@ -73,6 +73,8 @@ struct Lanes {
   static DDPM_FAST_HD T select(I mask, T yes, T no) {
     return mask ? yes : no;
   }
+  static DDPM_FAST_HD I has_bit(U u, uint32_t bit) { return (u & bit) != 0u; }
+  static DDPM_FAST_HD U fold(U w) { return w < ~w ? w : ~w; }
   static DDPM_FAST_HD F from_int(I i) { return __builtin_convertvector(i, F); }
   static DDPM_FAST_HD F fma(F a, F b, F c) {
 #if defined(__AVX512F__)
@@ -96,6 +98,9 @@ struct Lanes {
     return out;
 #endif
   }
+
+  static DDPM_FAST_HD F at_least(F x, F lo) { return x <= lo ? lo : x; }
+  static DDPM_FAST_HD F at_most(F x, F hi) { return x > hi ? hi : x; }
 
   static DDPM_FAST_HD VecU64 mul_low_halves(VecU64 a, uint32_t m) {
 #if defined(__AVX512F__)

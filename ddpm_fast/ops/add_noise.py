@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import DTYPES, native, select
+from ..backends import DTYPES, launch, select
 from ..schedule import NoiseSchedule
 from . import checks
 
@@ -43,7 +43,8 @@ def add_noise(
     Args:
         x0: [N, …] in [-1, 1], float32, bfloat16 or float16; or uint8 pixels, taken as p/127.5 − 1.
             Contiguous and channels_last are read as they lie, other strides are copied first.
-        t: int64 [N] in 0 … T−1, or one int for all.
+        t: int64 [N] in 0 … T−1, or one int for all. Values on a GPU are not read back: those past
+            the ends are taken as T−1.
         schedule: gives ᾱ.
         seed: in [0, 2^64), or int64 [N].
         sample_ids: N non-negative integers; 0 … N−1 if None.
@@ -100,6 +101,7 @@ def _add_noise(
     noise: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
+    backend = select(x0.device)
     checks.check_ids_on_host(sample_ids)
     if ts is not None:
         checks.check_same_shape("t", ts, x0.shape[:1])
@@ -110,9 +112,12 @@ def _add_noise(
     out = checks.empty_like_dense(x0, dtype)
     if noise is not None:
         noise = checks.laid_out(noise, layout[3])
-    if select(x0.device) == "reference":
+    if backend == "reference":
         return out.copy_(_reference(x0, t, ts, weights, seed, seeds, sample_ids, index, noise))
-    native.add_noise(  # type: ignore[union-attr]
+    launch(
+        "add_noise",
+        backend,
+        x0.device,
         x0.data_ptr(),
         DTYPES[x0.dtype],
         checks.address(noise),
@@ -125,9 +130,9 @@ def _add_noise(
         checks.address(sample_ids),
         index,
         weights.data_ptr(),
+        weights.shape[0],
         t,
         checks.address(ts),
-        checks.threads(),
     )
     return out
 

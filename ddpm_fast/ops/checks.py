@@ -42,6 +42,14 @@ def check_same_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> No
         raise ValueError(f"{name} must have shape {list(expected)}; got {list(tensor.shape)}")
 
 
+def indexed(device: torch.device | str) -> torch.device:
+    """The device as tensors name theirs: "cuda" is the current one."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
 def check_batch(name: str, shape: torch.Size) -> None:
     """A batch of samples whose elements a noise address can reach."""
     if len(shape) == 0:
@@ -223,11 +231,6 @@ def empty_like_dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
-
-
-def threads() -> int:
-    """As many as torch uses; the kernels take fewer where there is little to do."""
-    return torch.get_num_threads()
 
 
 def reference_address(

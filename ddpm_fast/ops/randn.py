@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import DTYPES, native, select
+from ..backends import DTYPES, launch, select
 from . import checks
 
 checks.library.define(
@@ -50,7 +50,7 @@ def randn(
     >>> bool((randn([2, 3], seed=1)[1] == randn([1, 3], seed=1, sample_ids=[1])[0]).all())
     True
     """
-    device = torch.device(device)
+    device = checks.indexed(device)
     if isinstance(shape, (int, str)):
         raise TypeError(f"shape must be [N, …]; got {shape!r}")
     if any(size < 0 for size in shape):
@@ -95,17 +95,21 @@ def _randn(
     device: torch.device,
     channels_last: bool,
 ) -> Tensor:
+    backend = select(device)
     checks.check_ids_on_host(sample_ids)
     if indices is not None:
         checks.check_range_on_host("index", indices, checks.MAX_INDEX)
     out = checks.empty_laid_out(shape, channels_last, dtype, device)
-    if select(device) == "reference":
+    if backend == "reference":
         seeds, sample_ids = checks.reference_address(seed, seeds, sample_ids, shape[0], device)
         draws = torch.full_like(sample_ids, index) if indices is None else indices
         return out.copy_(reference.randn(shape, seeds, sample_ids, stream << 24 | draws))
     layout = checks.layout_of(out)
     assert layout is not None
-    native.randn(  # type: ignore[union-attr]
+    launch(
+        "randn",
+        backend,
+        out.device,
         out.data_ptr(),
         DTYPES[dtype],
         *layout,
@@ -115,7 +119,6 @@ def _randn(
         stream,
         index,
         checks.address(indices),
-        checks.threads(),
     )
     return out
 

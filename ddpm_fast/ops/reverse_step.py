@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
 from .. import reference
-from ..backends import DTYPES, native, select
+from ..backends import DTYPES, launch, select
 from ..schedule import ModelVariance, StepTable
 from . import checks
 
@@ -70,7 +70,8 @@ def reverse_step(
         model_output: [N, C, …], of a dtype of its own; [N, 2C, …] where the table's variance is
             "learned" or "learned_range".
         table: NoiseSchedule.step_table's.
-        step: row, counted from the first step taken: int, or int64 tensor, 0-d or [N].
+        step: row, counted from the first step taken: int, or int64 tensor, 0-d or [N]. A kernel
+            reads a tensor's value when it runs, so a captured CUDA graph serves every step.
         seed: in [0, 2^64), or int64 [N].
         sample_ids: N non-negative integers; 0 … N−1 if None.
         clip: bounds of x̂₀; None for no clip. NaN passes.
@@ -81,7 +82,8 @@ def reverse_step(
         return_x0: also return the clipped x̂₀, float32.
         out: where x′ goes, like x; may be x.
         out_lowp: bfloat16 or float16 of x's shape: takes x′ a second time, rounded once.
-        nan_step: int32 [1], lowered to the first row whose result holds a NaN.
+        nan_step: int32 [1], lowered to the first row whose result holds a NaN; to −1 where a step
+            that lies on a GPU is outside the table (the last row is taken).
 
     Returns:
         x′ of x's dtype and layout, or (x′, x̂₀). Differentiable in x, both model outputs and x0
@@ -123,7 +125,7 @@ def reverse_step(
             checks.check_tensor("guidance_scale", guidance_scale, device, (torch.float32,))
             if guidance_scale.ndim:
                 checks.check_same_shape("guidance_scale", guidance_scale, (samples,))
-            scales = guidance_scale.expand(samples).contiguous()
+            scales = guidance_scale.contiguous()
         else:
             scale = float(guidance_scale)  # type: ignore[arg-type]
     lo, hi = check_clip(clip)
@@ -189,7 +191,7 @@ def check_clip(clip: tuple[float, float] | None) -> tuple[float, float]:
     try:
         lo, hi = clip
         if lo <= hi:
-            return float(lo), float(hi)
+            return lo + 0.0, hi + 0.0  # no bound is -0
     except (TypeError, ValueError):
         pass
     raise ValueError(f"clip must be (lo, hi) with lo <= hi, or None; got {clip}")
@@ -276,13 +278,12 @@ def _run(
     out_lowp: Tensor | None = None,
     nan_step: Tensor | None = None,
 ) -> None:
+    backend = select(x.device)
     checks.check_ids_on_host(sample_ids)
     if steps is not None:
         checks.check_range_on_host("step", steps, rows.shape[0])
         if steps.ndim:
             checks.check_same_shape("step", steps, x.shape[:1])
-        else:
-            steps = steps.expand(x.shape[0]).contiguous()
     else:
         checks.as_int("step", step, rows.shape[0])
     x, layout = checks.dense(x)
@@ -295,7 +296,7 @@ def _run(
     if x0 is not None:
         x0 = checks.laid_out(x0, channels_last)
 
-    if select(x.device) == "reference":
+    if backend == "reference":
         scale = guidance_scales
         if scale is None:
             scale = torch.full((), guidance_scale, dtype=torch.float32, device=x.device)
@@ -321,7 +322,10 @@ def _run(
                 target.copy_(value)
         return
 
-    native.reverse_step(  # type: ignore[union-attr]
+    launch(
+        "reverse_step",
+        backend,
+        x.device,
         x.data_ptr(),
         DTYPES[x.dtype],
         model_output.data_ptr(),
@@ -344,12 +348,14 @@ def _run(
         hi,
         guidance_scale,
         0 if guidance_scales is None else guidance_scales.data_ptr(),
+        0 if guidance_scales is None else guidance_scales.ndim,
         rows.data_ptr(),
         timesteps.data_ptr(),
+        rows.shape[0],
         step,
         0 if steps is None else steps.data_ptr(),
+        0 if steps is None else steps.ndim,
         0 if nan_step is None else nan_step.data_ptr(),
-        checks.threads(),
     )
 
 
@@ -379,6 +385,8 @@ def _reference(
     """reference.reverse_step in x's dtype, with the noise of the address where none is given."""
     if steps is None:
         steps = torch.full((x.shape[0],), step, dtype=torch.int64, device=x.device)
+    else:
+        steps = steps.expand(x.shape[0])
     if noise is None:
         seeds, ids = checks.reference_address(*noise_address, x.shape[0], x.device)
         draws = STREAM << 24 | timesteps[steps]
@@ -465,8 +473,6 @@ def _backward(ctx: Any, grad: Tensor, grad_x0: Tensor) -> tuple[Tensor | None, .
     uncond, scale, scales, noise, x0 = doubles[12:]
     if scales is None:
         scales = torch.full((), scale, dtype=torch.float64, device=x.device)
-    if steps is not None and steps.ndim == 0:
-        steps = steps.expand(x.shape[0])
     with torch.enable_grad():
         results = _reference(
             x,

@@ -1,0 +1,98 @@
+// The ops' arguments as Python passes them (addresses, sizes, codes) made into their parameters.
+// Every backend takes the same ones, so that ddpm_fast/ops states them once.
+#pragma once
+
+#include "core/add_noise.h"
+#include "core/randn.h"
+#include "core/reverse_step.h"
+
+namespace ddpm_fast {
+
+template <class T = void>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+inline NoiseSource noise_source(int64_t seed, uintptr_t seeds, uintptr_t sample_ids) {
+  return {static_cast<uint64_t>(seed), pointer<int64_t>(seeds), pointer<int64_t>(sample_ids)};
+}
+
+inline RandnParams randn_params(uintptr_t out, int dtype, int64_t samples, int64_t channels,
+                                int64_t pixels, bool channels_last, int64_t seed, uintptr_t seeds,
+                                uintptr_t sample_ids, uint32_t stream, int64_t index,
+                                uintptr_t indices) {
+  RandnParams p{};
+  p.out = pointer(out);
+  p.dtype = static_cast<DType>(dtype);
+  p.shape = {samples, channels, pixels, channels_last};
+  p.source = noise_source(seed, seeds, sample_ids);
+  p.stream = stream;
+  p.index = index;
+  p.indices = pointer<int64_t>(indices);
+  return p;
+}
+
+inline AddNoiseParams add_noise_params(uintptr_t x0, int x0_dtype, uintptr_t noise, int noise_dtype,
+                                       uintptr_t out, int out_dtype, int64_t samples,
+                                       int64_t channels, int64_t pixels, bool channels_last,
+                                       int64_t seed, uintptr_t seeds, uintptr_t sample_ids,
+                                       int64_t index, uintptr_t weights, int64_t num_steps,
+                                       int64_t t, uintptr_t ts) {
+  AddNoiseParams p{};
+  p.x0 = pointer(x0);
+  p.x0_dtype = static_cast<DType>(x0_dtype);
+  p.noise = pointer(noise);
+  p.noise_dtype = static_cast<DType>(noise_dtype);
+  p.out = pointer(out);
+  p.out_dtype = static_cast<DType>(out_dtype);
+  p.shape = {samples, channels, pixels, channels_last};
+  p.source = noise_source(seed, seeds, sample_ids);
+  p.index = index;
+  p.weights = pointer<float>(weights);
+  p.num_steps = num_steps;
+  p.t = t;
+  p.ts = pointer<int64_t>(ts);
+  return p;
+}
+
+inline ReverseStepParams reverse_step_params(
+    uintptr_t x, int x_dtype, uintptr_t model_output, uintptr_t model_output_uncond,
+    int model_dtype, uintptr_t x0, int x0_dtype, uintptr_t noise, int noise_dtype, uintptr_t out,
+    uintptr_t out_x0, uintptr_t out_lowp, int out_lowp_dtype, int64_t samples, int64_t channels,
+    int64_t pixels, bool channels_last, int64_t seed, uintptr_t seeds, uintptr_t sample_ids,
+    int variance, float lo, float hi, float guidance_scale, uintptr_t guidance_scales,
+    int64_t guidance_scales_stride, uintptr_t rows, uintptr_t timesteps, int64_t num_rows,
+    int64_t step, uintptr_t steps, int64_t steps_stride, uintptr_t nan_step) {
+  ReverseStepParams p{};
+  p.x = pointer(x);
+  p.x_dtype = static_cast<DType>(x_dtype);
+  p.model_output = pointer(model_output);
+  p.model_output_uncond = pointer(model_output_uncond);
+  p.model_dtype = static_cast<DType>(model_dtype);
+  p.x0 = pointer(x0);
+  p.x0_dtype = static_cast<DType>(x0_dtype);
+  p.noise = pointer(noise);
+  p.noise_dtype = static_cast<DType>(noise_dtype);
+  p.out = pointer(out);
+  p.out_x0 = pointer(out_x0);
+  p.out_lowp = pointer(out_lowp);
+  p.out_lowp_dtype = static_cast<DType>(out_lowp_dtype);
+  p.shape = {samples, channels, pixels, channels_last};
+  p.source = noise_source(seed, seeds, sample_ids);
+  p.variance = static_cast<Variance>(variance);
+  p.lo = lo;
+  p.hi = hi;
+  p.guidance_scale = guidance_scale;
+  p.guidance_scales = pointer<float>(guidance_scales);
+  p.guidance_scales_stride = guidance_scales_stride;
+  p.rows = pointer<StepRow>(rows);
+  p.timesteps = pointer<int64_t>(timesteps);
+  p.num_rows = num_rows;
+  p.step = step;
+  p.steps = pointer<int64_t>(steps);
+  p.steps_stride = steps_stride;
+  p.nan_step = pointer<int32_t>(nan_step);
+  return p;
+}
+
+}  // namespace ddpm_fast
