@@ -15,7 +15,7 @@ import contextlib
 import functools
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import ModuleType
@@ -261,31 +261,29 @@ def _require_device(device: torch.device) -> None:
         raise RuntimeError(f"no ddpm_fast kernels for cuda tensors: {problem}; {_USE_REFERENCE}")
 
 
-def launch(op: str, backend: str, device: torch.device, *arguments: object) -> None:
-    """Runs an op's kernel on checked arguments; csrc/arguments.h has their order.
+Kernel = Callable[..., None]
 
-    On a GPU it goes to the stream that is current on ``device``, and nothing waits for it.
 
-    Raises:
-        RuntimeError: the launch failed; the message is CUDA's.
+def kernel_of(op: str, backend: str, device: torch.device) -> tuple[Kernel, tuple[int, ...]]:
+    """An op's kernel, and where it runs: what follows the checked arguments of csrc/arguments.h.
+
+    On the CPU that is a number of threads, on a GPU the stream that is current there. Nothing waits
+    for a GPU's kernel; a launch that fails raises RuntimeError in CUDA's words.
     """
     if backend == "cpu":
         # As many threads as torch uses; the kernels take fewer where there is little to do.
-        getattr(native, op)(*arguments, torch.get_num_threads())
-        return
+        return getattr(native, op), (torch.get_num_threads(),)
     index = device.index
-    kernel = getattr(native.cuda, op)  # type: ignore[union-attr]
-    if torch.cuda.current_device() == index:
-        kernel(*arguments, index, _stream(index))
-    else:
-        with torch.cuda.device(index):
-            kernel(*arguments, index, _stream(index))
+    kernel: Kernel = getattr(native.cuda, op)  # type: ignore[union-attr]
+    if torch.cuda.current_device() != index:
+        kernel = functools.partial(_on_device, kernel)
+    # torch.cuda.current_stream(index).cuda_stream makes two objects on its way to this number.
+    return kernel, (index, torch._C._cuda_getCurrentRawStream(index))
 
 
-def _stream(index: int) -> int:
-    # torch.cuda.current_stream(index).cuda_stream, which makes two objects on its way.
-    stream: int = torch._C._cuda_getCurrentRawStream(index)
-    return stream
+def _on_device(kernel: Kernel, *arguments: int) -> None:
+    with torch.cuda.device(arguments[-2]):
+        kernel(*arguments)
 
 
 _warned: set[str] = set()

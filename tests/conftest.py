@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import cuda_on_host
 import pytest
 import torch
 from helpers import ISAS
@@ -20,9 +22,17 @@ def golden() -> dict[str, Any]:
     return json.loads((Path(__file__).parent / "data" / "golden.json").read_text())
 
 
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each instruction set in turn; skips those that this processor lacks."""
+@pytest.fixture(params=[*ISAS, "cuda-on-host", "cuda-blocks-on-host"])
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Each instruction set in turn, those that this processor lacks skipped, then the bodies of the
+    CUDA kernels run on the host: the one that takes a problem, and the one that takes any."""
+    if request.param.endswith("on-host"):
+        stand_in = cuda_on_host.AsNative()
+        stand_in.module.set_blocks_only("blocks" in request.param)
+        monkeypatch.setattr(import_module("ddpm_fast.backends"), "native", stand_in)
+        yield request.param
+        stand_in.module.set_blocks_only(False)
+        return
     with_isa(request.param)
     before = native.isa()
     native.set_isa(request.param)

@@ -5,7 +5,8 @@
 
 namespace ddpm_fast {
 
-// [samples, channels, pixels] in memory order, or [samples, pixels, channels] where channels_last.
+// [samples, channels, pixels] in memory order, or [samples, pixels, channels] where channels_last
+// (which is said only of what is not contiguous as well).
 // An element's noise index is channel * pixels + pixel in both.
 struct Shape {
   int64_t samples;

@@ -94,11 +94,10 @@ DDPM_FAST_HD typename V::F learned_sigma(const StepRow& row, Variance variance, 
   return V::splat(row.sigma) * exp_clamped<V>(V::splat(0.5f) * log_var);
 }
 
-// The noise's term is rounded once, and +0 where sigma is 0, whatever the sign of z.
+// noise: sigma * z, and +0 where sigma is 0.
 template <class V>
 DDPM_FAST_HD typename V::F step_to(const StepRow& row, typename V::F x0_hat, typename V::F x,
-                                   typename V::F m, typename V::F sigma, typename V::F z) {
-  const typename V::F noise = V::fma(sigma, z, V::splat(0.0f));
+                                   typename V::F m, typename V::F noise) {
   return V::fma(V::splat(row.b_0), x0_hat,
                 V::fma(V::splat(row.b_x), x, V::fma(V::splat(row.b_m), m, noise)));
 }

@@ -71,7 +71,7 @@ Lanes::Numbers plain_granule(const Coefficients& c, const void* x_base, const vo
     for (int i = 0; i < 2; ++i) {
       const VecF x0_hat = clip<Lanes>(predict_x0<Lanes>(row, x[i], m[i]), lo, hi);
       const VecF z_i = load_unaligned<VecF>(z + j + i * kWidth);
-      result[i] = step_to<Lanes>(row, x0_hat, x[i], m[i], sigma, z_i);
+      result[i] = step_to<Lanes>(row, x0_hat, x[i], m[i], sigma * z_i);
       numbers &= Lanes::numbers(result[i]);
     }
     X::store_pair(out + j, result[0], result[1]);
@@ -109,7 +109,8 @@ Lanes::Numbers general_granule(const Coefficients& c, const Granule& g) {
     }
     VecF x0_hat = g.x0 != nullptr ? load_unaligned<VecF>(g.x0 + j) : predict_x0<Lanes>(c.row, x, m);
     x0_hat = clip<Lanes>(x0_hat, c.lo, c.hi);
-    const VecF result = step_to<Lanes>(c.row, x0_hat, x, m, sigma, load_unaligned<VecF>(g.z + j));
+    const VecF noise = sigma * load_unaligned<VecF>(g.z + j);
+    const VecF result = step_to<Lanes>(c.row, x0_hat, x, m, noise);
     numbers &= Lanes::numbers(result);
     store_unaligned(g.out + j, result);
     if (g.out_x0 != nullptr) store_unaligned(g.out_x0 + j, x0_hat);

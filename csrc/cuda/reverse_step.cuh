@@ -37,6 +37,9 @@ struct StepOfSample {
   }
 };
 
+// sigma * z, and +0 where sigma is 0 whatever the sign of z: the draws need no branch around them.
+DDPM_FAST_HD float noise_term(float sigma, float z) { return ScalarLanes::fma(sigma, z, 0.0f); }
+
 DDPM_FAST_HD bool is_learned(Variance variance) {
   return variance == Variance::kLearned || variance == Variance::kLearnedRange;
 }
@@ -107,7 +110,8 @@ struct ReverseStepTile {
     DDPM_FAST_UNROLL
     for (int i = 0; i < kElements; ++i) {
       x0[i] = clip<ScalarLanes>(x0[i], p.lo, p.hi);
-      x[i] = step_to<ScalarLanes>(step.row, x0[i], x[i], m[i], sigma[kOwnSigma ? i : 0], z[i]);
+      x[i] = step_to<ScalarLanes>(step.row, x0[i], x[i], m[i],
+                                  noise_term(sigma[kOwnSigma ? i : 0], z[i]));
       nan = nan | ((x[i] != x[i]) & at.holds(i / Layout::kVector));
     }
     at.template store<X>(p.out, x);
@@ -178,7 +182,7 @@ struct ReverseStepBlock {
       const float x0 = p.x0 != nullptr ? value_at(p.x0, p.x0_dtype, i)
                                        : predict_x0<ScalarLanes>(step.row, x, m);
       const float clipped = clip<ScalarLanes>(x0, p.lo, p.hi);
-      const float result = step_to<ScalarLanes>(step.row, clipped, x, m, sigma, z[j]);
+      const float result = step_to<ScalarLanes>(step.row, clipped, x, m, noise_term(sigma, z[j]));
       nan = nan || result != result;
       put(p.out, p.x_dtype, i, result);
       if (p.out_x0 != nullptr) put(p.out_x0, DType::kFloat32, i, clipped);
@@ -191,13 +195,9 @@ struct ReverseStepBlock {
 // visit(body) for the body that takes this problem.
 template <class Visit>
 void visit_reverse_step(const ReverseStepParams& p, const Visit& visit) {
-  // One channel in channels_last is contiguous, a model's two of them are not.
-  const bool interleaved =
-      p.shape.channels_last && p.shape.channels == 1 && p.variance != Variance::kNone;
   const bool whole = is_regular(p.shape) && aligned(p.x) && aligned(p.model_output) &&
                      aligned(p.model_output_uncond) && aligned(p.x0) && aligned(p.noise) &&
-                     aligned(p.out) && aligned(p.out_x0) && aligned(p.out_lowp) &&
-                     !interleaved;
+                     aligned(p.out) && aligned(p.out_x0) && aligned(p.out_lowp);
   const bool usual_lowp = p.out_lowp == nullptr || (p.x_dtype == DType::kFloat32 &&
                                                     p.model_dtype == p.out_lowp_dtype);
   unsigned needed = 0;

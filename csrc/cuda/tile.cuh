@@ -44,7 +44,8 @@ inline Tiles tiles_of(const Shape& shape, int64_t tile_elements) {
   const int64_t elements = shape.elements();
   const uint64_t per_sample = (elements + tile_elements - 1) / tile_elements;
   const uint64_t count = shape.samples * per_sample;
-  return {elements, count, per_sample, count >> 31 == 0 ? divider(per_sample) : Divider{}};
+  const bool fast = count > 0 && count >> 31 == 0;
+  return {elements, count, per_sample, fast ? divider(per_sample) : Divider{}};
 }
 
 // The four normals of a Philox block: elements 4 * block .. 4 * block + 3 of a sample.
@@ -74,8 +75,7 @@ struct Contiguous {
   static DDPM_FAST_HD int begin(int lane) { return lane * kVector; }
 
   static bool fits(const Shape& shape) {
-    const bool in_order = !shape.channels_last || shape.channels == 1 || shape.pixels == 1;
-    return in_order && shape.elements() % kVector == 0;
+    return !shape.channels_last && shape.elements() % kVector == 0;
   }
 
   // z of the lane's elements, in memory order.
@@ -148,10 +148,13 @@ struct Lane {
 
   DDPM_FAST_HD bool holds(int vector) const { return vector * Layout::kStride < left; }
 
-  // What lies past the sample's end is left as it was.
+  // What lies past the sample's end is not read, and has no meaning in `out`.
   template <class Type>
   DDPM_FAST_HD void load(const void* base, float (&out)[Layout::kElements]) const {
     const void* p = element(base, first, Type::kSize);
+#if !defined(__CUDA_ARCH__)
+    std::memset(out, 0, sizeof out);  // a host's compiler minds what a GPU's registers do not
+#endif
     DDPM_FAST_UNROLL
     for (int i = 0; i < Layout::kVectors; ++i) {
       if (holds(i)) {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import DTYPES, launch, select
+from ..backends import DTYPES, kernel_of, select
 from ..schedule import NoiseSchedule
 from . import checks
 
@@ -114,10 +114,8 @@ def _add_noise(
         noise = checks.laid_out(noise, layout[3])
     if backend == "reference":
         return out.copy_(_reference(x0, t, ts, weights, seed, seeds, sample_ids, index, noise))
-    launch(
-        "add_noise",
-        backend,
-        x0.device,
+    run, where = kernel_of("add_noise", backend, x0.device)
+    run(
         x0.data_ptr(),
         DTYPES[x0.dtype],
         checks.address(noise),
@@ -133,6 +131,7 @@ def _add_noise(
         weights.shape[0],
         t,
         checks.address(ts),
+        *where,
     )
     return out
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import DTYPES, launch, select
+from ..backends import DTYPES, kernel_of, select
 from . import checks
 
 checks.library.define(
@@ -106,10 +106,8 @@ def _randn(
         return out.copy_(reference.randn(shape, seeds, sample_ids, stream << 24 | draws))
     layout = checks.layout_of(out)
     assert layout is not None
-    launch(
-        "randn",
-        backend,
-        out.device,
+    run, where = kernel_of("randn", backend, out.device)
+    run(
         out.data_ptr(),
         DTYPES[dtype],
         *layout,
@@ -119,6 +117,7 @@ def _randn(
         stream,
         index,
         checks.address(indices),
+        *where,
     )
     return out
 

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
 from .. import reference
-from ..backends import DTYPES, launch, select
+from ..backends import DTYPES, kernel_of, select
 from ..schedule import ModelVariance, StepTable
 from . import checks
 
@@ -322,10 +322,8 @@ def _run(
                 target.copy_(value)
         return
 
-    launch(
-        "reverse_step",
-        backend,
-        x.device,
+    run, where = kernel_of("reverse_step", backend, x.device)
+    run(
         x.data_ptr(),
         DTYPES[x.dtype],
         model_output.data_ptr(),
@@ -356,6 +354,7 @@ def _run(
         0 if steps is None else steps.data_ptr(),
         0 if steps is None else steps.ndim,
         0 if nan_step is None else nan_step.data_ptr(),
+        *where,
     )
 
 

@@ -1,0 +1,72 @@
+"""The CUDA kernels' bodies on the host: native/cuda_on_host.cpp, compiled once for its sources."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from ddpm_fast.backends import native
+
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "tests" / "native" / "cuda_on_host.cpp"
+
+
+@functools.cache
+def load() -> ModuleType:
+    """The module; its ops take csrc/arguments.h's arguments and nothing more."""
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+    if compiler is None:
+        pytest.skip("needs a C++ compiler")
+    pybind11 = pytest.importorskip("pybind11")
+    flags = shlex.split("-std=c++17 -O1 -ffp-contract=off -Wall -Wextra -Werror -shared -fPIC")
+    flags += ["-fvisibility=hidden", *shlex.split(os.environ.get("TEST_CXXFLAGS", ""))]
+    if native is not None and "avx2" in native.supported_isas():
+        flags.append("-mfma")  # std::fma in one instruction; the bits are the same
+    sources = [
+        SOURCE,
+        *sorted((ROOT / "csrc").rglob("*.h")),
+        *sorted((ROOT / "csrc").rglob("*.cuh")),
+    ]
+    digest = hashlib.sha256(" ".join([compiler, *flags, sys.version]).encode())
+    for source in sources:
+        digest.update(source.read_bytes())
+    library = ROOT / "build" / "tests" / f"cuda_on_host-{digest.hexdigest()[:16]}.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        for old in library.parent.glob("cuda_on_host-*.so"):
+            old.unlink()
+        includes = [f"-I{path}" for path in (sysconfig.get_path("include"), pybind11.get_include())]
+        partial = library.with_suffix(f".{os.getpid()}")
+        subprocess.run(
+            [*shlex.split(compiler), *flags, *includes, str(SOURCE), "-o", str(partial)], check=True
+        )
+        partial.rename(library)
+    spec = importlib.util.spec_from_file_location("cuda_on_host._native", library)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class AsNative:
+    """Stands in for the native module where the ops look for the CPU's kernels."""
+
+    def __init__(self) -> None:
+        self.module = load()
+
+    def __getattr__(self, name: str):
+        if name in ("randn", "add_noise", "reverse_step"):
+            kernel = getattr(self.module, name)
+            return lambda *arguments: kernel(*arguments[:-1])  # without the number of threads
+        return getattr(native, name)
