@@ -18,15 +18,15 @@ struct AddNoiseParams {
   int64_t index;         // of the draw
   const float* weights;  // [num_steps, 2]: sqrt(abar), sqrt(1 - abar)
   int64_t num_steps;
-  int64_t t;             // one timestep for all samples, or
-  const int64_t* ts;     // [samples]
+  int64_t t;          // one timestep for all samples, or
+  const int64_t* ts;  // [samples]
 };
 
 // A pixel 0 .. 255 in [-1, 1]: (p - 127.5)/127.5, the reciprocal in two parts. Both ends are exact.
+// `centred` is p - 127.5, exact in float32.
 template <class V>
-DDPM_FAST_HD typename V::F unit_from_pixel(typename V::F pixel) {
-  const typename V::F p = pixel - V::splat(127.5f);
-  return V::fma(p, V::splat(0x1.010102p-7f), p * V::splat(-0x1.fdfdfep-32f));
+DDPM_FAST_HD typename V::F unit_from_pixel(typename V::F centred) {
+  return V::fma(centred, V::splat(0x1.010102p-7f), centred * V::splat(-0x1.fdfdfep-32f));
 }
 
 template <class V>

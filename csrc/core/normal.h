@@ -36,7 +36,7 @@ DDPM_FAST_HD typename V::F minus_two_log_uniform(typename V::U w) {
   q = V::fma(q, s, V::splat(-0x1.555b1cp-1f));
   q = V::fma(q, s, V::splat(0x1.00007ep+0f));
   const F minus_two_log_f = V::fma(q, s * s, V::splat(-2.0f) * s);
-  const F exponent = V::from_int(V::to_signed(k));  // 2^23 k
+  const F exponent = V::from_int(V::to_signed(k));                       // 2^23 k
   return V::fma(exponent, V::splat(-0x1.62e430p-23f), minus_two_log_f);  // -2 ln 2
 }
 

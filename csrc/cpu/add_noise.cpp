@@ -12,7 +12,8 @@ struct Coefficients {
 };
 
 VecF noised(const Coefficients& c, VecF x0, VecF z) {
-  return q_sample<Lanes>(c.signal, c.sigma, c.pixels ? unit_from_pixel<Lanes>(x0) : x0, z);
+  if (c.pixels) x0 = unit_from_pixel<Lanes>(x0 - Lanes::splat(127.5f));
+  return q_sample<Lanes>(c.signal, c.sigma, x0, z);
 }
 
 // A whole granule straight from and to memory.

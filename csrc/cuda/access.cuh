@@ -131,6 +131,7 @@ struct Float16 {
     for (int i = 0; i < kWords; ++i) words[i] = half_pair(values[2 * i], values[2 * i + 1]);
   }
 };
+// A byte p comes as p - 127.5: between 2^15 and 2^16 it is the second byte of a float.
 struct Pixel {
   static constexpr DType kDType = DType::kUInt8;
   static constexpr int kSize = 1;
@@ -140,7 +141,12 @@ struct Pixel {
     for (int i = 0; i < kWords; ++i) {
       DDPM_FAST_UNROLL
       for (int j = 0; j < 4; ++j) {
-        out[4 * i + j] = ScalarLanes::from_int(static_cast<int32_t>(words[i] >> 8 * j & 0xFFu));
+#if defined(__CUDA_ARCH__)
+        const uint32_t bits = __byte_perm(words[i], 0x47000000u, 0x7604u | j << 4);
+#else
+        const uint32_t bits = 0x47000000u | (words[i] >> 8 * j & 0xFFu) << 8;
+#endif
+        out[4 * i + j] = ScalarLanes::from_bits(bits) - 32895.5f;
       }
     }
   }
@@ -189,7 +195,7 @@ DDPM_FAST_HD float value_at(const void* base, DType dtype, int64_t i) {
     case DType::kFloat16:
       floats_from_half_pair(static_cast<const uint16_t*>(base)[i], value, unused);
       return value;
-    default: return ScalarLanes::from_int(static_cast<const uint8_t*>(base)[i]);
+    default: return ScalarLanes::from_int(static_cast<const uint8_t*>(base)[i]) - 127.5f;
   }
 }
 DDPM_FAST_HD void put(void* base, DType dtype, int64_t i, float value) {

@@ -81,15 +81,13 @@ struct AddNoiseBlock {
 // visit(body) for the body that takes this problem.
 template <class Visit>
 void visit_add_noise(const AddNoiseParams& p, const Visit& visit) {
-  const bool whole =
-      is_regular(p.shape) && aligned(p.x0) && aligned(p.out) && aligned(p.noise);
+  const bool whole = is_regular(p.shape) && aligned(p.x0) && aligned(p.out) && aligned(p.noise);
   const auto of_types = [&](auto x0, auto out) {
     using X0 = decltype(x0);
     using Out = decltype(out);
     if (!whole || p.x0_dtype != X0::kDType || p.out_dtype != Out::kDType) return false;
-    return visit_layout<vector_of<Out>()>(p.shape, [&](auto layout) {
-      visit(AddNoiseTile<X0, Out, decltype(layout)>{});
-    });
+    return visit_layout<vector_of<Out>()>(
+        p.shape, [&](auto layout) { visit(AddNoiseTile<X0, Out, decltype(layout)>{}); });
   };
   if (!(of_types(Float32{}, Float32{}) || of_types(BFloat16{}, BFloat16{}) ||
         of_types(Float16{}, Float16{}) || of_types(Pixel{}, Float32{}) ||

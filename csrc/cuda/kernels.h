@@ -1,6 +1,6 @@
 // The CUDA kernels as the bindings see them. Pointers are to memory of `device`, `stream` is one of
-// its streams (a cudaStream_t). Nothing here allocates or waits. A launch answers null, or what went
-// wrong in CUDA's words.
+// its streams (a cudaStream_t). Nothing here allocates or waits. A launch answers null, or what
+// went wrong in CUDA's words.
 #pragma once
 
 #include "../core/add_noise.h"

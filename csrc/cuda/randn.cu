@@ -1,5 +1,5 @@
-#include "randn.cuh"
 #include "launch.cuh"
+#include "randn.cuh"
 
 namespace ddpm_fast {
 namespace cuda {

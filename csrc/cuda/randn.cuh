@@ -50,9 +50,8 @@ void visit_randn(const RandnParams& p, const Visit& visit) {
   const bool whole = is_regular(p.shape) && aligned(p.out);
   const auto of_type = [&](auto out) {
     using Out = decltype(out);
-    return whole && visit_layout<vector_of<Out>()>(p.shape, [&](auto layout) {
-             visit(RandnTile<Out, decltype(layout)>{});
-           });
+    return whole && visit_layout<vector_of<Out>()>(
+                        p.shape, [&](auto layout) { visit(RandnTile<Out, decltype(layout)>{}); });
   };
   bool found = false;
   if (p.dtype == DType::kFloat32) found = of_type(Float32{});

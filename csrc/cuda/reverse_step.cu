@@ -1,5 +1,5 @@
-#include "reverse_step.cuh"
 #include "launch.cuh"
+#include "reverse_step.cuh"
 
 namespace ddpm_fast {
 namespace cuda {

@@ -57,7 +57,7 @@ struct ReverseStepTile {
   static constexpr int kLanes = kWarp;
   static constexpr int kTile = kWarp * Layout::kElements;
   // As many blocks of a multiprocessor as leave registers enough, by the compiler's report.
-  static constexpr int kMinBlocks = Layout::kElements > 16 ? 2 : kCan == 0 ? 6 : 4;
+  static constexpr int kMinBlocks = Layout::kElements > 16 ? 2 : kCan == 0 ? 5 : 4;
   static constexpr int kElements = Layout::kElements;
   using Values = float[kElements];
 
@@ -179,8 +179,8 @@ struct ReverseStepBlock {
                                            value_at(p.model_output, p.model_dtype, i_v));
       }
       if (noisy && p.noise != nullptr) z[j] = value_at(p.noise, p.noise_dtype, i);
-      const float x0 = p.x0 != nullptr ? value_at(p.x0, p.x0_dtype, i)
-                                       : predict_x0<ScalarLanes>(step.row, x, m);
+      const float x0 =
+          p.x0 != nullptr ? value_at(p.x0, p.x0_dtype, i) : predict_x0<ScalarLanes>(step.row, x, m);
       const float clipped = clip<ScalarLanes>(x0, p.lo, p.hi);
       const float result = step_to<ScalarLanes>(step.row, clipped, x, m, noise_term(sigma, z[j]));
       nan = nan || result != result;
@@ -198,8 +198,8 @@ void visit_reverse_step(const ReverseStepParams& p, const Visit& visit) {
   const bool whole = is_regular(p.shape) && aligned(p.x) && aligned(p.model_output) &&
                      aligned(p.model_output_uncond) && aligned(p.x0) && aligned(p.noise) &&
                      aligned(p.out) && aligned(p.out_x0) && aligned(p.out_lowp);
-  const bool usual_lowp = p.out_lowp == nullptr || (p.x_dtype == DType::kFloat32 &&
-                                                    p.model_dtype == p.out_lowp_dtype);
+  const bool usual_lowp =
+      p.out_lowp == nullptr || (p.x_dtype == DType::kFloat32 && p.model_dtype == p.out_lowp_dtype);
   unsigned needed = 0;
   if (p.model_output_uncond != nullptr) needed |= kGuidance;
   if (p.variance != Variance::kNone) needed |= kLearnedVariance;

@@ -68,7 +68,7 @@ struct Contiguous {
   static constexpr int kVector = kVector_;
   static constexpr int kVectors = 16 / kVector;
   static constexpr int kElements = 16;  // of a lane
-  static constexpr int kChannels = 0;  // any number
+  static constexpr int kChannels = 0;   // any number
 
   static constexpr int kStride = kWarp * kVector;  // from one vector of a lane to its next
 
@@ -183,8 +183,7 @@ struct Lane {
       default: return load<Float16>(base, out);
     }
   }
-  DDPM_FAST_HD void store(void* base, DType dtype,
-                          const float (&values)[Layout::kElements]) const {
+  DDPM_FAST_HD void store(void* base, DType dtype, const float (&values)[Layout::kElements]) const {
     switch (dtype) {
       case DType::kFloat32: return store<Float32>(base, values);
       case DType::kBFloat16: return store<BFloat16>(base, values);

@@ -58,10 +58,10 @@ PYBIND11_MODULE(_native, m) {
         on_host<cuda::AddNoiseBlock>(add_noise_params, [](const auto& params, const auto& run) {
           cuda::visit_add_noise(params, run);
         }));
-  m.def("reverse_step", on_host<cuda::ReverseStepBlock>(
-                            reverse_step_params, [](const auto& params, const auto& run) {
-                              cuda::visit_reverse_step(params, run);
-                            }));
+  m.def("reverse_step", on_host<cuda::ReverseStepBlock>(reverse_step_params,
+                                                        [](const auto& params, const auto& run) {
+                                                          cuda::visit_reverse_step(params, run);
+                                                        }));
   m.def("last_body", [] { return last_body; });
   m.def("set_blocks_only", [](bool only) { blocks_only = only; });
   m.def("set_most_tiles", [](uint64_t most) { most_tiles = most; });  // the last ones

@@ -1,0 +1,116 @@
+"""The CUDA sources for every architecture: they compile without a warning, and their machine code
+has no spills, no local memory, no float64, vectors of 16 bytes, and no more instructions than
+tests/data/cuda_instructions.json allows (``python tests/machine_code.py --write`` renews it)."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import machine_code
+import pytest
+from machine_code import Machine
+
+SIZES = {"Float32": 4, "BFloat16": 2, "Float16": 2, "Pixel": 1}
+TILES = ["RandnTile", "AddNoiseTile", "ReverseStepTile"]
+
+
+@pytest.fixture(scope="module")
+def kernels() -> list[Machine]:
+    if machine_code.missing_tool():
+        pytest.skip(f"needs {machine_code.missing_tool()}")
+    return machine_code.all_kernels()
+
+
+def named(kernel: Machine) -> str:
+    return f"{kernel.body} for sm_{kernel.arch}"
+
+
+def test_every_body_is_built_for_every_architecture(kernels):
+    assert {kernel.body.split("<")[0] for kernel in kernels} == {
+        *TILES, "RandnBlock", "AddNoiseBlock", "ReverseStepBlock",
+    }  # fmt: skip
+    archs = {kernel.arch for kernel in kernels}
+    assert {"80", "90"} <= archs
+    assert len(kernels) == len(archs) * len({kernel.body for kernel in kernels})
+
+
+def test_no_spills_and_no_local_memory(kernels):
+    for kernel in kernels:
+        assert kernel.stack == 0, named(kernel)
+        assert kernel.count(r"\b(LDL|STL)\b") == 0, named(kernel)
+
+
+def test_no_float64(kernels):
+    for kernel in kernels:
+        assert kernel.count(r"\b(DADD|DMUL|DFMA|DSETP|DMNMX)\b|\.F64|RCP64H") == 0, named(kernel)
+
+
+def test_no_calls_from_tiles(kernels):
+    """No subroutine (a division, a root with its special cases), no loop: one way through."""
+    for kernel in kernels:
+        if "Tile" in kernel.body:
+            assert kernel.count(r"\bCALL\b") == 0, named(kernel)
+
+
+def test_no_approximate_arithmetic(kernels):
+    """Of the units that approximate only the reciprocal root, whose error is corrected after it."""
+    for kernel in kernels:
+        units = [re.search(r"MUFU\.(\w+)", line) for line in kernel.instructions]
+        allowed = {"RSQ"} if "Tile" in kernel.body else {"RSQ", "RCP"}  # integer division's
+        assert {unit[1] for unit in units if unit} <= allowed, named(kernel)
+
+
+def test_vectors_of_16_bytes(kernels):
+    """Each tensor as wide as its place in a vector allows, the widest of them 16 bytes."""
+    for kernel in kernels:
+        name, _, arguments = kernel.body.partition("<")
+        if name not in TILES:
+            continue
+        types = re.findall("|".join(SIZES), arguments)
+        wide = 4 if "Float32" in types else 8  # elements of a vector
+        vectors = kernel.elements // wide
+        outputs = [types[0]] if name == "ReverseStepTile" else [types[-1]]
+        inputs = {"RandnTile": [], "AddNoiseTile": types[:1], "ReverseStepTile": types}[name]
+        loads = sum(SIZES[kind] * wide == 16 for kind in inputs) * vectors
+        stores = sum(SIZES[kind] * wide == 16 for kind in outputs) * vectors
+        assert kernel.count(r"\bLDG\.E\.128") >= loads, named(kernel)
+        assert kernel.count(r"\bSTG\.E\.128") >= stores > 0, named(kernel)
+        if kernel.body.endswith((", 0>", "RandnTile")) and len(set(types)) == 1:
+            assert kernel.count(r"\bSTG\.E\.128") == stores, named(kernel)
+            assert kernel.count(r"\bSTG\b") == stores, named(kernel)
+
+
+def test_budgets(kernels):
+    budgets = json.loads(machine_code.BUDGETS.read_text())
+    assert set(budgets) == {kernel.body for kernel in kernels}
+    for kernel in kernels:
+        assert kernel.per_element <= budgets[kernel.body], named(kernel)
+    assert budgets["ReverseStepTile<Float32, Float32, Contiguous<4>, 0>"] < 60
+    assert budgets["ReverseStepTile<BFloat16, BFloat16, Contiguous<8>, 0>"] < 60
+
+
+def test_the_square_root_is_the_compilers_own(tmp_path: Path):
+    """core/lanes.h spells out the short way of __fsqrt_rn, which rounds correctly. This compiler
+    takes that way, for arguments from 2^-101 to 2^126, on every architecture."""
+    if machine_code.missing_tool():
+        pytest.skip(f"needs {machine_code.missing_tool()}")
+    source = tmp_path / "root.cu"
+    source.write_text("__global__ void root(float* x) { x[threadIdx.x] = __fsqrt_rn(*x); }")
+    for arch in machine_code.ARCHS:
+        machine_code.compile_cubin(source, arch, tmp_path / "root.cubin")
+        (lines,) = machine_code.functions_of(tmp_path / "root.cubin").values()
+        code = "\n".join(lines)
+        found = re.search(
+            r"MUFU\.RSQ (?P<y>R\d+), (?P<x>R\d+)[\s\S]*?"
+            r"FMUL\.FTZ (?P<g>R\d+), (?P=x), (?P=y)\s*\n"
+            r"FMUL\.FTZ (?P<h>R\d+), (?P=y), 0\.5\s*\n"
+            r"FFMA (?P<e>R\d+), -(?P=g), (?P=g), (?P=x)\s*\n"
+            r"FFMA R\d+, (?P=e), (?P=h), (?P=g)\s*\n",
+            code,
+        )
+        in_range = re.search(r"ADD\S* (?P<r>R\d+), R\d+, -0xd000000\b[\s\S]*?"
+                             r"ISETP\.GT\.U32\.AND \S+ PT, (?P=r), 0x727fffff\b", code)  # fmt: skip
+        assert in_range, f"sm_{arch}:\n{code}"
+        assert found, f"sm_{arch}:\n{code}"
