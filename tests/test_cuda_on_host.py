@@ -114,16 +114,13 @@ def options_of(shape, variant, table, uncond):
 VARIANTS = ["plain", "guidance", "x0 out", "x0 in, noise", "guidance, x0 out, noise"]
 
 
-WITH_CHANNELS = [shape for shape in SHAPES if len(shape) > 2]
+# Learned variances come in channels.
+CASES = [("fixed_small", shape) for shape in SHAPES]
+CASES += [("learned_range", shape) for shape in SHAPES if len(shape) > 2]
 
 
 @pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize(
-    ("variance", "shape"),
-    [*(("fixed_small", shape) for shape in SHAPES)]
-    + [*(("learned_range", shape) for shape in WITH_CHANNELS)],
-    ids=str,
-)
+@pytest.mark.parametrize(("variance", "shape"), CASES, ids=str)
 def test_reverse_step(shape, layout, variance, on_host):
     table = table_of("v_prediction", variance, num_steps=50)
     steps = (
