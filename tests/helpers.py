@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 from torch import Tensor
+
+from ddpm_fast import randn
 
 ISAS = ["avx512", "avx2", "portable"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -22,6 +26,22 @@ SHAPES = [
 LAYOUTS = ["contiguous", "channels_last", "strided"]
 
 _MEMORY_FORMAT = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+# Contract version 1. A change of this hash is a new version, and needs a new number in the docs.
+FROZEN_SHAPE, FROZEN_SEED = (6, 3, 251, 257), 0x0123456789ABCDEF
+FROZEN_HASH = "453c395f8f9948d8fda953aca6784e568b34f5779f613e649aa1e075ee36d790"
+
+
+def frozen_block(device: str = "cpu") -> Tensor:
+    """1,161,126 values: odd sizes, large ids, a stream and an index that are not 0."""
+    ids = [0, 1, 2**31, 2**32 + 5, 2**40, 2**63 - 1]
+    address = {"seed": FROZEN_SEED, "sample_ids": ids, "stream": 131, "index": 777}
+    return randn(FROZEN_SHAPE, **address, device=device)
+
+
+def sha256(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.cpu().numpy().astype("<f4").tobytes()).hexdigest()
 
 
 def laid_out(tensor: Tensor, layout: str) -> Tensor:

@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 
 import numpy as np
 import pytest
 import torch
+from helpers import FROZEN_HASH, frozen_block, sha256
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddpm_fast import randn, reference, use_backend
-
-# Contract version 1. A change of this hash is a new version, and needs a new number in the docs.
-FROZEN_SHAPE, FROZEN_SEED = (6, 3, 251, 257), 0x0123456789ABCDEF
-FROZEN_HASH = "453c395f8f9948d8fda953aca6784e568b34f5779f613e649aa1e075ee36d790"
-
-
-def frozen_block() -> torch.Tensor:
-    """1,161,126 values: odd sizes, large ids, a stream and an index that are not 0."""
-    ids = [0, 1, 2**31, 2**32 + 5, 2**40, 2**63 - 1]
-    return randn(FROZEN_SHAPE, seed=FROZEN_SEED, sample_ids=ids, stream=131, index=777)
-
-
-def sha256(tensor: torch.Tensor) -> str:
-    return hashlib.sha256(tensor.numpy().astype("<f4").tobytes()).hexdigest()
 
 
 def test_frozen_bits(isa):
