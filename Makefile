@@ -2,11 +2,10 @@
 VENV := .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
-OUT ?= demo-out
 SOURCES := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 FORMATTED := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
 
-.PHONY: install demo test test-long bench lint format typecheck clean
+.PHONY: install demo test test-long bench gpu-check lint format typecheck clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.built
@@ -18,6 +17,7 @@ $(VENV)/.built: constraints.txt pyproject.toml setup.py CMakeLists.txt $(SOURCES
 	touch $@
 
 # Trains on handwritten digits and draws some: see demo-out/.
+demo: OUT = demo-out
 demo: install
 	$(BIN)/ddpm-fast demo --out $(OUT)
 
@@ -31,6 +31,12 @@ test-long: install
 
 bench: install
 	$(BIN)/python -m pytest benchmarks --benchmark-only --results benchmarks/results
+
+# On a machine with an NVIDIA GPU, offline, with the packages that PYTHON has: builds for that GPU,
+# tests, runs compute-sanitizer and measures. PART=build, test, sanitize or bench: that part alone.
+gpu-check: OUT = gpu-check
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py --out $(OUT) $(if $(PART),--part $(PART))
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,21 +1,24 @@
 """Benchmarks that compare: every candidate of a case is checked first, then timed in turn within
-one run, and the medians are set against each other. ``--quick`` takes fewer rounds and sizes;
-``--results DIR`` writes a JSON file named after the device."""
+one run, and the medians are set against each other. ``--device cuda`` measures on a GPU,
+``--quick`` takes fewer rounds and sizes, ``--results DIR`` writes a JSON named after the device."""
 
 from __future__ import annotations
 
 import datetime
 import json
 import re
+import statistics
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from comparison import OURS, device_name, medians
+from comparison import LARGE, OURS, QUICK_SIZES, SIZES, device_name, medians, table
 
 import ddpm_fast
+from ddpm_fast.backends import select
 
 ROWS = pytest.StashKey[list[dict[str, Any]]]()
 BANDWIDTH = pytest.StashKey[float]()
@@ -24,26 +27,58 @@ BANDWIDTH = pytest.StashKey[float]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="fewer rounds and sizes")
     parser.addoption("--results", type=Path, help="folder for a JSON file named after the device")
+    parser.addoption("--device", default="cpu", choices=["cpu", "cuda"], help="what is measured")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = []
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """size: of each case in turn; large_size: where memory bandwidth or arithmetic decides."""
+    if not metafunc.function.__name__.startswith("bench_"):
+        return
+    device = metafunc.config.getoption("--device")
+    sizes = (QUICK_SIZES if metafunc.config.getoption("--quick") else SIZES)[device]
+    if "size" in metafunc.fixturenames:
+        metafunc.parametrize("size", [(n, 3, 32, 32) for n in sizes], ids=str)
+    if "large_size" in metafunc.fixturenames:
+        metafunc.parametrize("large_size", [(LARGE[device], 3, 32, 32)], ids=str)
+
+
 @pytest.fixture(scope="session")
-def copy_bandwidth(request: pytest.FixtureRequest) -> float:
-    """Bytes a second that torch copies here (read and written), 256 MB at a time."""
-    source, target = torch.ones(2**25), torch.ones(2**25)
-    seconds = medians({"copy": lambda: target.copy_(source)}, 0.5)["copy"]
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """What --device says; on a GPU the CUDA or Triton kernels must run."""
+    device = torch.device(request.config.getoption("--device"))
+    if device.type == "cuda":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            available = torch.cuda.is_available()
+        if not available:
+            pytest.skip("--device cuda: torch finds no GPU")
+        device = torch.device("cuda", torch.cuda.current_device())
+    select(device)  # raises where no kernels run there
+    return device
+
+
+@pytest.fixture(scope="session")
+def copy_bandwidth(request: pytest.FixtureRequest, device: torch.device) -> float:
+    """Bytes a second that torch copies here (read and written), far more than caches hold."""
+    count = 2**28 if device.type == "cuda" else 2**25
+    source, target = (torch.ones(count, device=device) for _ in range(2))
+    seconds = medians({"copy": lambda: target.copy_(source)}, 0.5, device)["copy"]
     request.config.stash[BANDWIDTH] = 2 * source.nbytes / seconds
     return request.config.stash[BANDWIDTH]
 
 
 Compare = Callable[..., dict[str, float]]
+Record = Callable[[str, int, list[dict[str, float]]], None]
 
 
 @pytest.fixture
-def compare(benchmark: Any, request: pytest.FixtureRequest, copy_bandwidth: float) -> Compare:
+def compare(
+    benchmark: Any, request: pytest.FixtureRequest, device: torch.device, copy_bandwidth: float
+) -> Compare:
     """compare(case, elements, bytes_moved, candidates, check) → seconds a call, by name."""
     quick = request.config.getoption("--quick")
 
@@ -56,8 +91,15 @@ def compare(benchmark: Any, request: pytest.FixtureRequest, copy_bandwidth: floa
     ) -> dict[str, float]:
         check()  # a wrong result is a failure, not a speed
         with torch.inference_mode():
-            seconds = medians(candidates, 0.3 if quick else 3.0)
-            benchmark.pedantic(candidates[OURS], rounds=20, iterations=5, warmup_rounds=2)
+            on_gpu = device.type == "cuda"
+            seconds = medians(candidates, 0.3 if quick else 1.0 if on_gpu else 3.0, device)
+
+            def once() -> None:
+                candidates[OURS]()
+                if on_gpu:
+                    torch.cuda.synchronize()
+
+            benchmark.pedantic(once, rounds=20, iterations=5, warmup_rounds=2)
         ours = seconds[OURS]
         row = {
             "case": case,
@@ -74,44 +116,49 @@ def compare(benchmark: Any, request: pytest.FixtureRequest, copy_bandwidth: floa
     return run
 
 
+@pytest.fixture
+def record(request: pytest.FixtureRequest, benchmark: Any, copy_bandwidth: float) -> Record:
+    """record(case, elements, rounds): rounds of seconds by name, measured by the case itself."""
+
+    def run(case: str, elements: int, rounds: list[dict[str, float]]) -> None:
+        seconds = {name: statistics.median(r[name] for r in rounds) for name in rounds[0]}
+        benchmark.pedantic(lambda: None)  # the figures are the case's own
+        request.config.stash[ROWS].append(
+            {
+                "case": case,
+                "elements": elements,
+                "microseconds": {name: round(1e6 * s, 2) for name, s in seconds.items()},
+                "ratio": {
+                    name: round(s / seconds[OURS], 2) for name, s in seconds.items() if name != OURS
+                },
+            }
+        )
+
+    return run
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     rows = config.stash[ROWS]
     if not rows:
         return
-    bandwidth = config.stash[BANDWIDTH] / 1e9
-    write = terminalreporter.write_line
+    device = torch.device(config.getoption("--device"))
+    report = {
+        "device": device_name(device),
+        "date": datetime.date.today().isoformat(),
+        "torch": torch.__version__,
+        "ddpm_fast": ddpm_fast.__version__,
+        "backend": ddpm_fast.backends()[device.type].detail,
+        "quick": config.getoption("--quick"),
+        "copy_gigabytes_per_second": round(config.stash[BANDWIDTH] / 1e9, 2),
+        "rows": rows,
+    }
     terminalreporter.section("ratios to ddpm_fast (medians, interleaved)")
-    write(f"{device_name()}; torch {torch.__version__}; {ddpm_fast.backends()['cpu'].detail}")
-    write(f"copy: {bandwidth:.1f} GB/s")
-    write(f"{'case':<34}{'elements':>10}{'µs':>10}{'GB/s':>7}{'% copy':>8}  slower by")
-    for row in rows:
-        others = ", ".join(f"{name} {ratio:.1f}×" for name, ratio in row["ratio"].items())
-        write(
-            f"{row['case']:<34}{row['elements']:>10}{row['microseconds'][OURS]:>10.1f}"
-            f"{row['gigabytes_per_second']:>7.1f}{row['percent_of_copy']:>8.1f}  {others}"
-        )
+    for line in table(report):
+        terminalreporter.write_line(line)
     folder = config.getoption("--results")
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{re.sub('[^A-Za-z0-9]+', '-', device_name()).strip('-')}.json"
-        content = {
-            "device": device_name(),
-            "date": datetime.date.today().isoformat(),
-            "torch": torch.__version__,
-            "ddpm_fast": ddpm_fast.__version__,
-            "backend": ddpm_fast.backends()["cpu"].detail,
-            "quick": config.getoption("--quick"),
-            "copy_gigabytes_per_second": round(bandwidth, 2),
-            "rows": rows,
-        }
-        path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-        write(f"written to {path}")
-
-
-@pytest.fixture
-def size(request: pytest.FixtureRequest) -> tuple[int, ...]:
-    """[N, 3, 32, 32]; --quick leaves out the largest."""
-    shape = (request.param, 3, 32, 32)
-    if request.config.getoption("--quick") and request.param > 256:
-        pytest.skip("--quick leaves out the largest size")
-    return shape
+        name = re.sub("[^A-Za-z0-9]+", "-", report["device"]).strip("-")
+        path = folder / f"{name}.json"
+        path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        terminalreporter.write_line(f"written to {path}")

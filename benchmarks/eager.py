@@ -17,12 +17,17 @@ def extract(table: Tensor, t: Tensor, shape: torch.Size) -> Tensor:
 class EagerStep:
     """One DDPM step, ε prediction, fixed_small: nine full-size ops and randn."""
 
-    def __init__(self, schedule: NoiseSchedule, dtype: torch.dtype = torch.float32) -> None:
-        self.sqrt_recip = schedule.sqrt_recip_alphas_cumprod.to(dtype)
-        self.sqrt_recipm1 = schedule.sqrt_recipm1_alphas_cumprod.to(dtype)
-        self.coef1 = schedule.posterior_mean_coef1.to(dtype)
-        self.coef2 = schedule.posterior_mean_coef2.to(dtype)
-        self.log_variance = schedule.posterior_log_variance_clipped.to(dtype)
+    def __init__(
+        self,
+        schedule: NoiseSchedule,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.sqrt_recip = schedule.sqrt_recip_alphas_cumprod.to(device, dtype)
+        self.sqrt_recipm1 = schedule.sqrt_recipm1_alphas_cumprod.to(device, dtype)
+        self.coef1 = schedule.posterior_mean_coef1.to(device, dtype)
+        self.coef2 = schedule.posterior_mean_coef2.to(device, dtype)
+        self.log_variance = schedule.posterior_log_variance_clipped.to(device, dtype)
 
     def mean(self, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         x0 = extract(self.sqrt_recip, t, x.shape) * x - extract(self.sqrt_recipm1, t, x.shape) * eps
@@ -55,9 +60,9 @@ def tuned_step(schedule: NoiseSchedule, t: int, x: Tensor) -> Callable[[Tensor, 
 class EagerAddNoise:
     """√ᾱ x_0 + √(1−ᾱ) ε with ε from randn; pixels scaled first."""
 
-    def __init__(self, schedule: NoiseSchedule) -> None:
-        self.signal = schedule.sqrt_alphas_cumprod.float()
-        self.sigma = schedule.sqrt_one_minus_alphas_cumprod.float()
+    def __init__(self, schedule: NoiseSchedule, device: torch.device) -> None:
+        self.signal = schedule.sqrt_alphas_cumprod.to(device, torch.float32)
+        self.sigma = schedule.sqrt_one_minus_alphas_cumprod.to(device, torch.float32)
 
     def __call__(self, x0: Tensor, t: Tensor) -> Tensor:
         if x0.dtype == torch.uint8:

@@ -73,13 +73,15 @@ def backends() -> Backends:
     >>> backends()["reference"].available
     True
     """
-    statuses = [
-        BackendStatus("reference", True, f"plain PyTorch {torch.__version__}, any device"),
-        _cpu_status(),
-        _cuda_status(),
-        BackendStatus("triton", False, "this version has no Triton kernels"),
-    ]
-    return Backends({status.name: status for status in statuses})
+    return Backends({name: status() for name, status in _STATUSES.items()})
+
+
+def _reference_status() -> BackendStatus:
+    return BackendStatus("reference", True, f"plain PyTorch {torch.__version__}, any device")
+
+
+def _triton_status() -> BackendStatus:
+    return BackendStatus("triton", False, "this version has no Triton kernels")
 
 
 def _cpu_status() -> BackendStatus:
@@ -109,14 +111,22 @@ def _cuda_status() -> BackendStatus:
     return BackendStatus("cuda", bool(names), detail)
 
 
+_STATUSES = {
+    "reference": _reference_status,
+    "cpu": _cpu_status,
+    "cuda": _cuda_status,
+    "triton": _triton_status,
+}
+
+
 def _cuda_problem() -> str:
     """Why no GPU at all can run the CUDA kernels; "" if nothing is known to prevent it."""
     if native is None:
         return _why_no_native
     if native.cuda is None:
         return (
-            "installed without the CUDA kernels (no nvcc was found, or DDPM_FAST_CUDA=OFF was set); "
-            "put the CUDA toolkit's nvcc on PATH, or name it in CUDACXX, and reinstall with "
+            "installed without the CUDA kernels (no nvcc was found, or DDPM_FAST_CUDA=OFF was "
+            "set); put the CUDA toolkit's nvcc on PATH, or name it in CUDACXX, and reinstall with "
             "DDPM_FAST_CUDA=ON"
         )
     if torch.version.cuda is None:
@@ -137,9 +147,9 @@ def driver_problem(driver: int, runtime: int) -> str:
         return "no NVIDIA driver was found"
     if driver // 1000 < runtime // 1000:
         return (
-            f"the driver is too old: it runs CUDA {_version(driver)} at most, the kernels were built "
-            f"with CUDA {_version(runtime)}; update the driver, or reinstall with an nvcc of CUDA "
-            f"{driver // 1000}"
+            f"the driver is too old: it runs CUDA {_version(driver)} at most, the kernels were "
+            f"built with CUDA {_version(runtime)}; update the driver, or reinstall with an nvcc of "
+            f"CUDA {driver // 1000}"
         )
     return ""
 
@@ -215,9 +225,9 @@ def require(name: str) -> None:
     if name not in get_args(Backend):
         accepted = ", ".join(map(repr, get_args(Backend)))
         raise ValueError(f"backend must be one of {accepted}; got {name!r}")
-    if name in ("auto", "reference") or (name == "cpu" and native is not None):
+    if name == "auto":
         return
-    status = backends()[name]
+    status = _STATUSES[name]()
     if not status.available:
         raise RuntimeError(f"backend '{name}' cannot run here: {status.detail}")
 
@@ -227,14 +237,12 @@ def select(device: torch.device) -> str:
     name = _chosen.get()
     if name == "auto":
         return _automatic(device)
-    require(name)
-    if name == "reference":
-        return name
-    wanted = "cpu" if name == "cpu" else "cuda"
-    if device.type != wanted:
-        raise RuntimeError(f"backend '{name}' takes {wanted.upper()} tensors; got one on {device}")
-    if name == "cuda":
+    if name == "cuda" and device.type == "cuda":
         _require_device(device)
+    elif name != "reference" and not (name == "cpu" == device.type and native is not None):
+        require(name)
+        wanted = "CPU" if name == "cpu" else "CUDA"
+        raise RuntimeError(f"backend '{name}' takes {wanted} tensors; got one on {device}")
     return name
 
 

@@ -44,6 +44,10 @@ def sha256(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.cpu().numpy().astype("<f4").tobytes()).hexdigest()
 
 
+def no_gpu() -> bool:
+    return not torch.cuda.is_available()
+
+
 def laid_out(tensor: Tensor, layout: str) -> Tensor:
     """The same values in another memory layout; as they are where the layout does not apply."""
     if layout == "channels_last" and tensor.ndim in _MEMORY_FORMAT:

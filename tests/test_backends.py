@@ -6,13 +6,18 @@ import os
 import subprocess
 import sys
 import textwrap
+from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import no_gpu
 
 import ddpm_fast
 from ddpm_fast import NoiseSchedule, add_noise, backends, randn, use_backend
-from ddpm_fast.backends import native, select
+from ddpm_fast.backends import driver_problem, kernel_of, native, select, target_problem
+
+backends_module = import_module("ddpm_fast.backends")
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -189,3 +194,138 @@ def test_public_names():
         assert getattr(ddpm_fast, name) is not None
     schedule = NoiseSchedule.linear()
     assert add_noise(torch.zeros(1, 2), 0, schedule, seed=0).shape == (1, 2)
+
+
+class FakeCuda(SimpleNamespace):
+    """A module built with CUDA 13.0, under a driver for it."""
+
+    def __init__(self, driver: int = 13_000, targets: tuple[str, ...] = ("sm_90", "compute_90")):
+        super().__init__(calls=[], targets=list(targets))
+        self.driver_version = lambda: driver
+        self.runtime_version = lambda: 13_000
+        self.randn = lambda *arguments: self.calls.append(arguments)
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """gpus(native.cuda, capability): torch as on a machine with two such GPUs."""
+
+    def install(cuda, capability=(9, 0)):
+        monkeypatch.setattr(backends_module, "native", SimpleNamespace(cuda=cuda))
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        for name, value in {
+            "is_available": True,
+            "device_count": 2,
+            "current_device": 0,
+            "get_device_capability": capability,
+            "get_device_name": "NVIDIA H200",
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+        raw_stream = lambda index: 70 + index  # noqa: E731
+        monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", raw_stream, raising=False)
+        backends_module.device_problem.cache_clear()
+
+    yield install
+    backends_module.device_problem.cache_clear()
+
+
+def test_gpus_that_can_run_the_kernels(gpus):
+    gpus(FakeCuda())
+    status = backends_module._cuda_status()
+    assert status.available
+    assert "NVIDIA H200, NVIDIA H200; built for sm_90, compute_90; driver for CUDA 13.0" in str(
+        status
+    )
+    assert select(torch.device("cuda:1")) == "cuda"
+    with use_backend("cuda"):
+        assert select(torch.device("cuda:0")) == "cuda"
+        with pytest.raises(RuntimeError, match="'cuda' takes CUDA tensors; got one on cpu"):
+            select(torch.device("cpu"))
+
+
+def test_a_kernel_gets_its_device_and_its_stream(gpus, monkeypatch):
+    """On a GPU that is not the current one it is made that for the launch."""
+    cuda, entered = FakeCuda(), []
+    gpus(cuda)
+
+    class Device:
+        def __init__(self, index):
+            self.index = index
+
+        def __enter__(self):
+            entered.append(self.index)
+
+        def __exit__(self, *_):
+            entered.append("left")
+
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    for index in (0, 1):
+        run, where = kernel_of("randn", "cuda", torch.device("cuda", index))
+        run("arguments", *where)
+    assert cuda.calls == [("arguments", 0, 70), ("arguments", 1, 71)]
+    assert entered == [1, "left"]
+
+
+@pytest.mark.parametrize(
+    ("cuda", "capability", "message"),
+    [
+        (None, (9, 0), "installed without the CUDA kernels .* DDPM_FAST_CUDA=ON"),
+        (FakeCuda(driver=0), (9, 0), "no NVIDIA driver was found"),
+        (FakeCuda(driver=12_080), (9, 0), "driver is too old: it runs CUDA 12.8 at most.*13.0"),
+        (
+            FakeCuda(targets=("sm_90", "compute_90")),
+            (8, 6),
+            'compute capability 8.6.*built for sm_90, compute_90.*DDPM_FAST_CUDA_ARCHS="86"',
+        ),
+    ],
+)
+def test_gpus_that_cannot(cuda, capability, message, gpus):
+    """Asked for or chosen: never another backend in silence, and the reason in the message."""
+    gpus(cuda, capability)
+    assert not backends_module._cuda_status().available
+    with pytest.raises(RuntimeError, match=f"no ddpm_fast kernels for cuda tensors: .*{message}"):
+        select(torch.device("cuda:0"))
+    with pytest.raises(RuntimeError, match=f"'cuda' cannot run here: .*{message}"):
+        backends_module.require("cuda")
+    with use_backend("reference"):
+        assert select(torch.device("cuda:0")) == "reference"
+
+
+def test_drivers():
+    assert driver_problem(13_000, 13_000) == ""
+    assert driver_problem(12_020, 12_080) == ""  # minor versions are compatible
+    assert driver_problem(13_010, 12_080) == ""
+    assert "reinstall with an nvcc of CUDA 12" in driver_problem(12_080, 13_000)
+
+
+def test_targets():
+    built = ["sm_80", "sm_90", "compute_90"]
+    for capability in ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 1)):
+        assert target_problem(capability, built) == ""
+    assert "compute capability 7.5" in target_problem((7, 5), built)
+    assert target_problem((8, 6), ["sm_86"]) == ""
+    assert target_problem((8, 0), ["sm_86"]) != ""  # machine code of a later minor version
+    assert target_problem((9, 0), ["sm_80"]) != ""  # of another major version
+    assert target_problem((9, 0), ["compute_80"]) == ""
+    assert target_problem((9, 0), ["sm_90a"]) == ""
+    assert target_problem((10, 0), ["sm_90a", "compute_90a"]) != ""
+
+
+@pytest.mark.skipif(not no_gpu(), reason="there is a GPU")
+def test_the_cuda_part_where_there_is_no_gpu():
+    """It loads, says what it holds, and a launch raises in CUDA's words."""
+    if native.cuda is None:
+        pytest.skip("built without CUDA")
+    assert native.cuda.targets[-1].startswith("compute_")
+    assert native.cuda.runtime_version() >= 11_000
+    assert native.cuda.driver_version() == 0
+    with pytest.raises(RuntimeError, match=r"CUDA launch failed: .*(driver|device)"):
+        native.cuda.randn(16, 0, 1, 1, 4, False, 0, 0, 0, 0, 0, 0, 0, 0)
+    for call in (lambda: randn([1, 4], seed=0, device="cuda"), use_cuda):
+        with pytest.raises(RuntimeError, match="cuda"):
+            call()
+
+
+def use_cuda():
+    with use_backend("cuda"):
+        pass

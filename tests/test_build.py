@@ -90,15 +90,53 @@ def test_install_from_scratch(tmp_path, native):
 @pytest.mark.slow
 def test_cuda_asked_for_and_not_to_be_had(tmp_path):
     """DDPM_FAST_CUDA=ON is an error where the part cannot be built, not a silent CPU build."""
-    python = fresh_environment(tmp_path)
-    source = copy_of_sources(tmp_path)
-    run = subprocess.run(
-        [python, "-m", "pip", "install", "--no-deps", str(source)],
-        env={**os.environ, "DDPM_FAST_CUDA": "ON", "CUDACXX": "/nonexistent/nvcc"},
-        capture_output=True, text=True,
-    )  # fmt: skip
+    run = install(tmp_path, DDPM_FAST_CUDA="ON", CUDACXX="/nonexistent/nvcc")
     assert run.returncode != 0
     assert "DDPM_FAST_CUDA=ON, but" in run.stdout + run.stderr
+
+
+def install(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Installs a copy of the sources into a fresh environment."""
+    python = fresh_environment(tmp_path)
+    return subprocess.run(
+        [python, "-m", "pip", "install", "--no-deps", str(copy_of_sources(tmp_path))],
+        env={**os.environ, **environment}, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def needs_nvcc() -> None:
+    if not (os.environ.get("CUDACXX") or shutil.which("nvcc")):
+        pytest.skip("needs nvcc")
+
+
+@pytest.mark.slow
+def test_cuda_architectures_of_ones_choice(tmp_path):
+    needs_nvcc()
+    run = install(tmp_path, DDPM_FAST_CUDA="ON", DDPM_FAST_CUDA_ARCHS="120;86;100")
+    assert run.returncode == 0, run.stderr
+    code = "from ddpm_fast import _native; print(*_native.cuda.targets)"
+    python = tmp_path / "env" / "bin" / "python"
+    run = subprocess.run([python, "-c", f"import torch; {code}"], cwd=tmp_path,
+                         capture_output=True, text=True)  # fmt: skip
+    assert run.stdout.split() == ["sm_86", "sm_100", "sm_120", "compute_120"], run.stderr
+
+
+@pytest.mark.slow
+def test_cuda_architectures_that_make_no_sense(tmp_path):
+    needs_nvcc()
+    run = install(tmp_path, DDPM_FAST_CUDA_ARCHS="70;90")
+    assert run.returncode != 0
+    assert "DDPM_FAST_CUDA_ARCHS: numbers from 80 on" in run.stdout + run.stderr
+
+
+@pytest.mark.slow
+def test_without_the_cuda_part(tmp_path):
+    run = install(tmp_path, DDPM_FAST_CUDA="OFF")
+    assert run.returncode == 0, run.stderr
+    code = "import ddpm_fast; print(ddpm_fast.backends()['cuda'])"
+    python = tmp_path / "env" / "bin" / "python"
+    run = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert "installed without the CUDA kernels" in run.stdout, run.stderr
 
 
 @pytest.mark.slow

@@ -1,0 +1,230 @@
+"""Builds for the GPU that is here, tests, watches with compute-sanitizer and measures: `make
+gpu-check OUT=folder`. Needs no network and installs nothing: the interpreter that runs it has torch
+with CUDA, pytest, pytest-benchmark and pybind11, and nvcc, cmake and ninja are on PATH.
+
+Leaves two files in the folder, named after the GPU: a JSON and a table for people. PART=build,
+test, sanitize or bench runs that part alone. Ends with 1 if any part failed, with 2 if there is no
+GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+SECONDS = {"build": 90, "test": 120, "sanitize": 70, "bench": 220}  # at most; a tool in sanitize
+    "build": 90,
+    "test": 120,
+    "sanitize": 70,
+    "bench": 220,
+}  # at most; for a tool in sanitize
+
+Result = dict[str, Any]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
+    parser.add_argument("--out", type=Path, default=Path("gpu-check"), help="folder for results")
+    parser.add_argument("--part", choices=list(PARTS), help="run this part alone")
+    arguments = parser.parse_args()
+    gpu = find_gpu()
+    if gpu is None:
+        print("gpu-check: no NVIDIA GPU here (nvidia-smi lists none)", file=sys.stderr)
+        return 2
+    report: Result = {
+        "device": gpu["name"],
+        "compute_capability": gpu["compute_cap"],
+        "driver": gpu["driver_version"],
+        "date": datetime.date.today().isoformat(),
+        "python": sys.version.split()[0],
+        "parts": {},
+    }
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    name = re.sub("[^A-Za-z0-9]+", "-", gpu["name"]).strip("-")
+    for part in [arguments.part] if arguments.part else PARTS:
+        print(f"gpu-check: {part}", flush=True)
+        start = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            result = PARTS[part](Path(folder), gpu)
+        result["seconds"] = round(time.monotonic() - start, 1)
+        report["parts"][part] = result
+        # After every part: what was found is there even if a later one takes the machine down.
+        write(arguments.out / f"{name}.json", json.dumps(report, indent=1, ensure_ascii=False))
+        write(arguments.out / f"{name}.txt", "\n".join(table(report)))
+        if part == "build" and not result["ok"]:
+            break
+    print("\n".join(table(report)))
+    return 0 if all(result["ok"] for result in report["parts"].values()) else 1
+
+
+def find_gpu() -> dict[str, str] | None:
+    """Name, driver and compute capability of the first GPU."""
+    keys = ["name", "driver_version", "compute_cap"]
+    if shutil.which("nvidia-smi") is None:
+        return None
+    run = subprocess.run(
+        ["nvidia-smi", f"--query-gpu={','.join(keys)}", "--format=csv,noheader"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    if run.returncode != 0 or not run.stdout.strip():
+        return None
+    values = [value.strip() for value in run.stdout.splitlines()[0].split(",")]
+    return dict(zip(keys, values, strict=True))
+
+
+def build(folder: Path, gpu: dict[str, str]) -> Result:
+    """The native module for this interpreter and this GPU alone, into the source tree."""
+    import pybind11
+
+    arch = gpu["compute_cap"].replace(".", "")
+    steps = [
+        ["cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", "-DDDPM_FAST_CUDA=ON",
+         f"-DDDPM_FAST_CUDA_ARCHS={arch}", f"-DPYTHON_EXECUTABLE={sys.executable}",
+         f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"],
+        ["cmake", "--build", folder],
+        ["cmake", "--install", folder, "--prefix", ROOT / "ddpm_fast"],
+    ]  # fmt: skip
+    for step in steps:
+        run = execute(step, SECONDS["build"])
+        if not run["ok"]:
+            return run
+    shown = execute(
+        [sys.executable, "-c", "import ddpm_fast; print(ddpm_fast.backends())"], SECONDS["build"]
+    )
+    return {"ok": shown["ok"], "backends": shown["output"].splitlines()}
+
+
+def test(folder: Path, gpu: dict[str, str]) -> Result:
+    """The tests marked gpu, each backend that runs here."""
+    return tests(folder, ["-m", "gpu"], SECONDS["test"], [])
+
+
+def tests(folder: Path, selection: list[str], seconds: int, under: list[str]) -> Result:
+    """Runs pytest over tests/test_gpu.py and reads its report."""
+    log = folder / "junit.xml"
+    pytest = [sys.executable, "-m", "pytest", "tests/test_gpu.py", "-q", "--no-header",
+              "-p", "no:cacheprovider", f"--junitxml={log}", *selection]  # fmt: skip
+    result = execute([*under, *pytest], seconds)
+    if log.exists():
+        cases = list(ElementTree.parse(log).getroot().iter("testcase"))
+        outcomes = [(case.get("name"), {child.tag: child for child in case}) for case in cases]
+        failed = [name for name, found in outcomes if found.keys() & {"failure", "error"}]
+        reasons = [found["skipped"].get("message") for _, found in outcomes if "skipped" in found]
+        result["passed"] = len(cases) - len(failed) - len(reasons)
+        result["failed"] = failed
+        result["skipped"] = sorted({str(reason) for reason in reasons})
+        result["ok"] = result["ok"] and result["passed"] > 0
+    if result["ok"]:
+        del result["output"]
+    return result
+
+
+def sanitize(folder: Path, gpu: dict[str, str]) -> Result:
+    """memcheck and racecheck over the tests marked sanitize, each tensor in memory of its own."""
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        return {"ok": True, "not run": "compute-sanitizer is not on PATH"}
+    os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+    result: Result = {"ok": True}
+    for tool in ("memcheck", "racecheck"):
+        under = [sanitizer, "--tool", tool, "--report-api-errors", "no", "--error-exitcode", "9"]
+        (folder / tool).mkdir()
+        found = tests(folder / tool, ["-m", "sanitize"], SECONDS["sanitize"], under)
+        result[tool] = found
+        result["ok"] = result["ok"] and found["ok"]
+    del os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"]
+    return result
+
+
+def bench(folder: Path, gpu: dict[str, str]) -> Result:
+    """The benchmarks, on the GPU."""
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "-q",
+               "--benchmark-disable-gc", "--device", "cuda", "--results", folder,
+               "-p", "no:cacheprovider"]  # fmt: skip
+    result = execute(command, SECONDS["bench"])
+    measured = [json.loads(path.read_text()) for path in folder.glob("*.json")]
+    result["ok"] = result["ok"] and bool(measured)
+    for found in measured:
+        result.update(found)
+    if result["ok"]:
+        del result["output"]
+    return result
+
+
+PARTS: dict[str, Callable[[Path, dict[str, str]], Result]] = {
+    "build": build,
+    "test": test,
+    "sanitize": sanitize,
+    "bench": bench,
+}
+
+
+def execute(command: list[Any], seconds: float) -> Result:
+    """Runs a command in the root, the package importable; whether it went well, and its output."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    try:
+        run = subprocess.run(
+            [str(word) for word in command], cwd=ROOT, env=environment, timeout=seconds,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as stopped:
+        output = stopped.stdout or b""
+        text = output.decode(errors="replace") if isinstance(output, bytes) else output
+        return {"ok": False, "output": f"{text[-4000:]}\nstopped after {seconds} s"}
+    except FileNotFoundError as missing:
+        return {"ok": False, "output": f"{missing.filename} is not on PATH"}
+    return {"ok": run.returncode == 0, "output": run.stdout[-4000:]}
+
+
+def table(report: Result) -> list[str]:
+    """The report as people read it."""
+    lines = [
+        f"{report['device']} (compute capability {report['compute_capability']}), "
+        f"driver {report['driver']}, {report['date']}, Python {report['python']}",
+        "",
+    ]
+    for part, result in report["parts"].items():
+        verdict = result.get("not run") and f"not run: {result['not run']}"
+        verdict = verdict or ("ok" if result["ok"] else "FAILED")
+        lines.append(f"{part:<10}{verdict:<8}{result['seconds']:>8.1f} s")
+        for name, found in [(part, result), *((n, r) for n, r in result.items() if n in TOOLS)]:
+            if "passed" in found:
+                failed = ", ".join(found["failed"]) or "none"
+                lines.append(f"  {name}: {found['passed']} passed, failed: {failed}")
+                lines += [f"  skipped: {reason}" for reason in found["skipped"]]
+            if not found["ok"] and "output" in found:
+                lines += [f"  | {line}" for line in found["output"].splitlines()[-25:]]
+        lines += [f"  {line}" for line in result.get("backends", [])]
+        if "rows" in result:
+            sys.path.insert(0, str(ROOT / "benchmarks"))
+            from comparison import table as rows_table
+
+            lines += ["", *rows_table(result)]
+    return lines
+
+
+TOOLS = ("memcheck", "racecheck")
+
+
+def write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text + "\n")
+    partial.rename(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
