@@ -25,12 +25,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-SECONDS = {"build": 90, "test": 120, "sanitize": 70, "bench": 220}  # at most; a tool in sanitize
-    "build": 90,
-    "test": 120,
-    "sanitize": 70,
-    "bench": 220,
-}  # at most; for a tool in sanitize
+# At most; in `sanitize` for each tool.
+SECONDS = {"build": 90, "test": 120, "sanitize": 70, "bench": 220}
 
 Result = dict[str, Any]
 
