@@ -4,9 +4,13 @@ every tile of odd-shaped ones. Their tests against float64 are the ops' own (fix
 from __future__ import annotations
 
 import itertools
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 
 import cuda_on_host
@@ -275,6 +279,29 @@ def lazily(shape):
     """randn without its memory filled first: pages that no tile writes are never there."""
     torch.use_deterministic_algorithms(False)
     return randn(shape, seed=3, dtype=torch.bfloat16)
+
+
+@pytest.mark.slow
+def test_under_address_and_undefined_behaviour_sanitizers():
+    """The tests of this file once more: each lane keeps inside its tensors, reading and writing."""
+    runtimes = []
+    for name in ("libasan.so", "libubsan.so", "libstdc++.so"):
+        found = subprocess.run(["gcc", f"-print-file-name={name}"], capture_output=True, text=True)
+        if found.returncode != 0 or not Path(found.stdout.strip()).is_absolute():
+            pytest.skip(f"needs gcc's {name}")
+        runtimes.append(found.stdout.strip())
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", __file__, "-m", "not slow", "-k", "not 32_bits"],
+        env={
+            **os.environ,
+            "TEST_CXXFLAGS": "-fsanitize=address,undefined -fno-sanitize-recover=all -g1",
+            "LD_PRELOAD": " ".join(runtimes),
+            "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
+        },
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+    assert " passed" in run.stdout
 
 
 def test_division():
