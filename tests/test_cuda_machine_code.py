@@ -91,6 +91,30 @@ def test_budgets(kernels):
     assert budgets["ReverseStepTile<BFloat16, BFloat16, Contiguous<8>, 0>"] < 60
 
 
+def test_the_document_says_what_is_so(kernels):
+    """The table in docs/cuda.md, within what another version of the compiler changes."""
+    tile = "ReverseStepTile<{}, Contiguous<{}>, {}>".format
+    bodies = {
+        "randn float32": "RandnTile<Float32, Contiguous<4>>",
+        "add_noise float32": "AddNoiseTile<Float32, Float32, Contiguous<4>>",
+        "add_noise uint8 → float32": "AddNoiseTile<Pixel, Float32, Contiguous<4>>",
+        "reverse_step float32": tile("Float32, Float32", 4, 0),
+        "reverse_step float32, model bfloat16, with bfloat16 output": tile(
+            "Float32, BFloat16", 4, 0
+        ),
+        "reverse_step bfloat16": tile("BFloat16, BFloat16", 8, 0),
+        "reverse_step float32 with guidance": tile("Float32, Float32", 4, 1),
+        "reverse_step float32 with learned variance": tile("Float32, Float32", 4, 2),
+    }
+    document = (machine_code.ROOT / "docs" / "cuda.md").read_text()
+    table = re.findall(r"^\| (.*?) \| ([\d.]+) \| (\d+) \| \d+ \|$", document, re.M)
+    assert [row[0] for row in table] == list(bodies)
+    for name, instructions, _ in table:
+        for kernel in kernels:
+            if kernel.body == bodies[name]:
+                assert kernel.per_element == pytest.approx(float(instructions), rel=0.06), name
+
+
 def test_the_square_root_is_the_compilers_own(tmp_path: Path):
     """core/lanes.h spells out the short way of __fsqrt_rn, which rounds correctly. This compiler
     takes that way, for arguments from 2^-101 to 2^126, on every architecture."""
