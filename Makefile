@@ -2,6 +2,8 @@
 VENV := .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+# Builds of torch for GPUs bring their own; here it is for its disassembler.
+TRITON := triton==3.6.0
 SOURCES := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 FORMATTED := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
 
@@ -14,6 +16,8 @@ $(VENV)/.built: constraints.txt pyproject.toml setup.py CMakeLists.txt $(SOURCES
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt torch==2.13.0
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
+	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/pip install --quiet $(TRITON) || \
+	  echo "no $(TRITON) for this machine: the tests that need its tools are skipped"
 	touch $@
 
 # Trains on handwritten digits and draws some: see demo-out/.

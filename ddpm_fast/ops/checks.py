@@ -135,6 +135,25 @@ def _range(values: Tensor) -> tuple[int, int]:
     return lowest, highest
 
 
+def check_overlap(name: str, out: Tensor, other_name: str, other: Tensor | None) -> None:
+    """The same memory, element for element, is written after it is read; a part of it is not."""
+    if other is None:
+        return
+    if other.data_ptr() == out.data_ptr() and other.nbytes == out.nbytes:
+        return
+    begin, other_begin = out.data_ptr(), other.data_ptr()
+    extent = sum(
+        (size - 1) * stride for size, stride in zip(other.shape, other.stride(), strict=True)
+    )
+    if (
+        out.numel() > 0
+        and other.numel() > 0
+        and begin < other_begin + (extent + 1) * other.itemsize
+        and other_begin < begin + out.numel() * out.itemsize
+    ):
+        raise ValueError(f"{name} must not overlap {other_name} in part")
+
+
 Layout = tuple[int, int, int, bool]  # samples, channels, pixels, channels_last
 
 

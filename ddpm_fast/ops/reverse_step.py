@@ -235,25 +235,6 @@ def _check_out(name: str, out: Tensor, x: Tensor, dtypes: Sequence[torch.dtype])
         raise ValueError(f"{name} must be {order}, as x is or is made; got strides {out.stride()}")
 
 
-def _check_overlap(name: str, out: Tensor, other_name: str, other: Tensor | None) -> None:
-    """The same memory, element for element, is written after it is read; a part of it is not."""
-    if other is None:
-        return
-    if other.data_ptr() == out.data_ptr() and other.nbytes == out.nbytes:
-        return
-    begin, other_begin = out.data_ptr(), other.data_ptr()
-    extent = sum(
-        (size - 1) * stride for size, stride in zip(other.shape, other.stride(), strict=True)
-    )
-    if (
-        out.numel() > 0
-        and other.numel() > 0
-        and begin < other_begin + (extent + 1) * other.itemsize
-        and other_begin < begin + out.numel() * out.itemsize
-    ):
-        raise ValueError(f"{name} must not overlap {other_name} in part")
-
-
 def _run(
     x: Tensor,
     model_output: Tensor,
@@ -429,9 +410,9 @@ def _reverse_step_out(*inputs: Any, **outputs: Any) -> None:
     x, out, out_lowp = inputs[0], outputs["out"], outputs["out_lowp"]
     if out is not x:
         for name, i in _TENSOR_INPUTS.items():
-            _check_overlap("out", out, name, inputs[i])
+            checks.check_overlap("out", out, name, inputs[i])
     if out_lowp is not None:
-        _check_overlap("out_lowp", out_lowp, "out", out)
+        checks.check_overlap("out_lowp", out_lowp, "out", out)
     _run(*inputs, **outputs)
     for written in (out, out_lowp, outputs["nan_step"]):
         if written is not None and not written.is_inference():
