@@ -221,6 +221,7 @@ def test_a_captured_step_serves_every_step(on):
         counter.add_(1)
 
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         step()
     torch.cuda.current_stream().wait_stream(side)
