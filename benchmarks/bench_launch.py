@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from comparison import OURS
+from results import OURS
 
 from ddpm_fast import NoiseSchedule, randn, reverse_step
 

@@ -7,21 +7,20 @@ import platform
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
+import torch._dynamo
+from results import OURS
 
 from ddpm_fast import backends, use_backend
-
-OURS = "ddpm_fast"
 
 # Images of 3 x 32 x 32, from one to what fills several caches, or several gigabytes.
 SIZES = {"cpu": [1, 16, 256, 1024], "cuda": [1, 16, 256, 4096, 65536, 262144]}
 QUICK_SIZES = {"cpu": [1, 16, 256], "cuda": [1, 256, 65536]}
 LARGE = {"cpu": 256, "cuda": 65536}
-COMPILED = {"cpu": [256], "cuda": [1, 65536, 262144]}  # a compilation takes seconds
+COMPILED = {"cpu": [256], "cuda": [65536, 262144]}  # a compilation takes seconds
 
 Candidates = dict[str, Callable[[], object]]
 
@@ -50,6 +49,14 @@ def ours(call: Callable[[], object], device: torch.device) -> Candidates:
 
             candidates[f"{OURS} {name}"] = on
     return candidates
+
+
+def compiled(call: Callable[..., object]) -> Callable[..., object]:
+    """torch.compile of it for the shapes at hand. All callable objects count as one function, which
+    is compiled eight times and then runs as it is, with a warning: not here."""
+    torch.compiler.reset()
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    return torch.compile(call, dynamic=False)
 
 
 def medians(candidates: Candidates, seconds: float, device: torch.device) -> dict[str, float]:
@@ -82,8 +89,8 @@ def host_medians(candidates: Candidates, seconds: float) -> dict[str, float]:
 
 def device_medians(candidates: Candidates, seconds: float) -> dict[str, float]:
     """By events on the GPU, one call at a time. Before each, memory four times the second-level
-    cache is written: the call finds nothing of its own there, and has been queued, whatever that
-    took the host, before the GPU comes to it."""
+    cache is written, so that the call finds nothing of its own there, and the GPU is kept busy for
+    another millisecond, until the host has queued the call: what is measured is the GPU's time."""
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     flushed = torch.empty(max(4 * properties.L2_cache_size, 2**28), dtype=torch.int8, device="cuda")
     samples: dict[str, list[float]] = {name: [] for name in candidates}
@@ -97,6 +104,7 @@ def device_medians(candidates: Candidates, seconds: float) -> dict[str, float]:
         for name, call in candidates.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             flushed.zero_()
+            torch.cuda._sleep(2_000_000)  # cycles
             start.record()
             call()
             end.record()
@@ -105,16 +113,3 @@ def device_medians(candidates: Candidates, seconds: float) -> dict[str, float]:
         for name, (start, end) in events.items():
             samples[name].append(start.elapsed_time(end) / 1e3)
     return {name: statistics.median(values) for name, values in samples.items()}
-
-
-def table(report: dict[str, Any]) -> Iterator[str]:
-    """A report as lines of text."""
-    yield f"{report['device']}; torch {report['torch']}; {report['backend']}"
-    yield f"copy: {report['copy_gigabytes_per_second']:.1f} GB/s"
-    yield f"{'case':<34}{'elements':>10}{'µs':>10}{'GB/s':>8}{'% copy':>8}  slower by"
-    for row in report["rows"]:
-        moved = [row.get(key) for key in ("gigabytes_per_second", "percent_of_copy")]
-        shown = "".join(f"{'' if number is None else f'{number:.1f}':>8}" for number in moved)
-        others = ", ".join(f"{name} {ratio:.1f}×" for name, ratio in row["ratio"].items())
-        microseconds = row["microseconds"][OURS]
-        yield f"{row['case']:<34}{row['elements']:>10}{microseconds:>10.1f}{shown}  {others}"

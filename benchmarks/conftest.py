@@ -5,8 +5,7 @@ one run, and the medians are set against each other. ``--device cuda`` measures 
 from __future__ import annotations
 
 import datetime
-import json
-import re
+import math
 import statistics
 import warnings
 from collections.abc import Callable
@@ -15,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from comparison import LARGE, OURS, QUICK_SIZES, SIZES, device_name, medians, table
+from comparison import LARGE, QUICK_SIZES, SIZES, device_name, medians
+from results import OURS, file_name, table, write
 
 import ddpm_fast
 from ddpm_fast.backends import select
@@ -41,7 +41,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     device = metafunc.config.getoption("--device")
     sizes = (QUICK_SIZES if metafunc.config.getoption("--quick") else SIZES)[device]
     if "size" in metafunc.fixturenames:
-        metafunc.parametrize("size", [(n, 3, 32, 32) for n in sizes], ids=str)
+        metafunc.parametrize("size", [(n, 3, 32, 32) for n in sizes], ids=str, indirect=True)
     if "large_size" in metafunc.fixturenames:
         metafunc.parametrize("large_size", [(LARGE[device], 3, 32, 32)], ids=str)
 
@@ -59,6 +59,15 @@ def device(request: pytest.FixtureRequest) -> torch.device:
         device = torch.device("cuda", torch.cuda.current_device())
     select(device)  # raises where no kernels run there
     return device
+
+
+@pytest.fixture
+def size(request: pytest.FixtureRequest, device: torch.device) -> tuple[int, ...]:
+    """[N, 3, 32, 32], where a GPU has room for it and what plain PyTorch makes of it."""
+    shape: tuple[int, ...] = request.param
+    if device.type == "cuda" and 4 * 16 * math.prod(shape) > torch.cuda.mem_get_info(device)[0]:
+        pytest.skip(f"{shape} takes more memory than is free")
+    return shape
 
 
 @pytest.fixture(scope="session")
@@ -110,7 +119,7 @@ def compare(
             "percent_of_copy": round(100 * bytes_moved / ours / copy_bandwidth, 1),
         }
         benchmark.extra_info.update(row)
-        request.config.stash[ROWS].append(row)
+        add_row(request.config, row)
         return seconds
 
     return run
@@ -123,7 +132,8 @@ def record(request: pytest.FixtureRequest, benchmark: Any, copy_bandwidth: float
     def run(case: str, elements: int, rounds: list[dict[str, float]]) -> None:
         seconds = {name: statistics.median(r[name] for r in rounds) for name in rounds[0]}
         benchmark.pedantic(lambda: None)  # the figures are the case's own
-        request.config.stash[ROWS].append(
+        add_row(
+            request.config,
             {
                 "case": case,
                 "elements": elements,
@@ -131,18 +141,24 @@ def record(request: pytest.FixtureRequest, benchmark: Any, copy_bandwidth: float
                 "ratio": {
                     name: round(s / seconds[OURS], 2) for name, s in seconds.items() if name != OURS
                 },
-            }
+            },
         )
 
     return run
 
 
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    rows = config.stash[ROWS]
-    if not rows:
-        return
+def add_row(config: pytest.Config, row: dict[str, Any]) -> None:
+    """Keeps a row, in --results too: it is there if a later case takes the run down."""
+    config.stash[ROWS].append(row)
+    folder = config.getoption("--results")
+    if folder is not None:
+        report = report_of(config)
+        write(folder / f"{file_name(report['device'])}.json", report)
+
+
+def report_of(config: pytest.Config) -> dict[str, Any]:
     device = torch.device(config.getoption("--device"))
-    report = {
+    return {
         "device": device_name(device),
         "date": datetime.date.today().isoformat(),
         "torch": torch.__version__,
@@ -150,15 +166,12 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         "backend": ddpm_fast.backends()[device.type].detail,
         "quick": config.getoption("--quick"),
         "copy_gigabytes_per_second": round(config.stash[BANDWIDTH] / 1e9, 2),
-        "rows": rows,
+        "rows": config.stash[ROWS],
     }
-    terminalreporter.section("ratios to ddpm_fast (medians, interleaved)")
-    for line in table(report):
-        terminalreporter.write_line(line)
-    folder = config.getoption("--results")
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        name = re.sub("[^A-Za-z0-9]+", "-", report["device"]).strip("-")
-        path = folder / f"{name}.json"
-        path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-        terminalreporter.write_line(f"written to {path}")
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if config.stash[ROWS]:
+        terminalreporter.section("ratios to ddpm_fast (medians, interleaved)")
+        for line in table(report_of(config)):
+            terminalreporter.write_line(line)

@@ -13,8 +13,8 @@ import argparse
 import datetime
 import json
 import os
-import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,6 +23,8 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from results import file_name, table, write
 
 ROOT = Path(__file__).resolve().parent.parent
 # At most; in `sanitize` for each tool.
@@ -48,21 +50,25 @@ def main() -> int:
         "python": sys.version.split()[0],
         "parts": {},
     }
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    name = re.sub("[^A-Za-z0-9]+", "-", gpu["name"]).strip("-")
+    path = arguments.out / f"{file_name(gpu['name'])}.json"
+    if arguments.part and path.exists():  # the other parts, of the same GPU and driver
+        before = json.loads(path.read_text())
+        if before["driver"] == report["driver"] and before["python"] == report["python"]:
+            report["parts"] = before["parts"]
     for part in [arguments.part] if arguments.part else PARTS:
         print(f"gpu-check: {part}", flush=True)
         start = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
             result = PARTS[part](Path(folder), gpu)
         result["seconds"] = round(time.monotonic() - start, 1)
+        result["date"] = datetime.date.today().isoformat()
         report["parts"][part] = result
         # After every part: what was found is there even if a later one takes the machine down.
-        write(arguments.out / f"{name}.json", json.dumps(report, indent=1, ensure_ascii=False))
-        write(arguments.out / f"{name}.txt", "\n".join(table(report)))
+        write(path, report)
+        path.with_suffix(".txt").write_text("\n".join(lines_of(report)) + "\n")
         if part == "build" and not result["ok"]:
             break
-    print("\n".join(table(report)))
+    print("\n".join(lines_of(report)))
     return 0 if all(result["ok"] for result in report["parts"].values()) else 1
 
 
@@ -93,13 +99,12 @@ def build(folder: Path, gpu: dict[str, str]) -> Result:
         ["cmake", "--build", folder],
         ["cmake", "--install", folder, "--prefix", ROOT / "ddpm_fast"],
     ]  # fmt: skip
+    steps.append([sys.executable, "-c", "import ddpm_fast; print(ddpm_fast.backends())"])
+    deadline = time.monotonic() + SECONDS["build"]
     for step in steps:
-        run = execute(step, SECONDS["build"])
-        if not run["ok"]:
-            return run
-    shown = execute(
-        [sys.executable, "-c", "import ddpm_fast; print(ddpm_fast.backends())"], SECONDS["build"]
-    )
+        shown = execute(step, max(1.0, deadline - time.monotonic()))
+        if not shown["ok"]:
+            return shown
     return {"ok": shown["ok"], "backends": shown["output"].splitlines()}
 
 
@@ -172,20 +177,22 @@ def execute(command: list[Any], seconds: float) -> Result:
     """Runs a command in the root, the package importable; whether it went well, and its output."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     try:
-        run = subprocess.run(
-            [str(word) for word in command], cwd=ROOT, env=environment, timeout=seconds,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        process = subprocess.Popen(
+            [str(word) for word in command], cwd=ROOT, env=environment, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
         )  # fmt: skip
-    except subprocess.TimeoutExpired as stopped:
-        output = stopped.stdout or b""
-        text = output.decode(errors="replace") if isinstance(output, bytes) else output
-        return {"ok": False, "output": f"{text[-4000:]}\nstopped after {seconds} s"}
     except FileNotFoundError as missing:
         return {"ok": False, "output": f"{missing.filename} is not on PATH"}
-    return {"ok": run.returncode == 0, "output": run.stdout[-4000:]}
+    try:
+        output, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # what it has started, too
+        output, _ = process.communicate()
+        return {"ok": False, "output": f"{output[-4000:]}\nstopped after {seconds:.0f} s"}
+    return {"ok": process.returncode == 0, "output": output[-4000:]}
 
 
-def table(report: Result) -> list[str]:
+def lines_of(report: Result) -> list[str]:
     """The report as people read it."""
     lines = [
         f"{report['device']} (compute capability {report['compute_capability']}), "
@@ -205,21 +212,11 @@ def table(report: Result) -> list[str]:
                 lines += [f"  | {line}" for line in found["output"].splitlines()[-25:]]
         lines += [f"  {line}" for line in result.get("backends", [])]
         if "rows" in result:
-            sys.path.insert(0, str(ROOT / "benchmarks"))
-            from comparison import table as rows_table
-
-            lines += ["", *rows_table(result)]
+            lines += ["", *table(result)]
     return lines
 
 
 TOOLS = ("memcheck", "racecheck")
-
-
-def write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(text + "\n")
-    partial.rename(path)
 
 
 if __name__ == "__main__":

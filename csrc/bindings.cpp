@@ -34,7 +34,12 @@ auto on_cpu(Params (*make)(Args...), void (*run)(const Params&, int)) {
 template <class Params, class... Args>
 auto on_cuda(Params (*make)(Args...), const char* (*run)(const Params&, int, void*)) {
   return [=](Args... args, int device, uintptr_t stream) {
-    const char* error = run(make(args...), device, pointer(stream));
+    const Params params = make(args...);
+    const char* error;
+    {
+      py::gil_scoped_release unlocked;  // a full queue makes a launch wait
+      error = run(params, device, pointer(stream));
+    }
     if (error != nullptr) throw std::runtime_error(std::string("CUDA launch failed: ") + error);
   };
 }

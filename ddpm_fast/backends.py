@@ -119,6 +119,7 @@ _STATUSES = {
 }
 
 
+@functools.cache
 def _cuda_problem() -> str:
     """Why no GPU at all can run the CUDA kernels; "" if nothing is known to prevent it."""
     if native is None:
@@ -154,6 +155,17 @@ def driver_problem(driver: int, runtime: int) -> str:
     return ""
 
 
+def ptx_problem(driver: int, runtime: int) -> str:
+    """Why a driver does not compile the PTX of a CUDA version, or "": it has to be as new."""
+    if driver >= runtime:
+        return ""
+    return (
+        f"an architecture that was not built, and the driver, for CUDA {_version(driver)}, does "
+        f"not compile the PTX of CUDA {_version(runtime)}; reinstall with this GPU's number in "
+        "DDPM_FAST_CUDA_ARCHS, or update the driver"
+    )
+
+
 def target_problem(capability: tuple[int, int], targets: Sequence[str]) -> str:
     """Why kernels built for ``targets`` do not run on a GPU of a compute capability, or "".
 
@@ -182,8 +194,12 @@ def device_problem(index: int) -> str:
     """Why the CUDA kernels do not run on GPU ``index``; "" if they do."""
     problem = _cuda_problem()
     if not problem:
-        targets = native.cuda.targets  # type: ignore[union-attr]
-        problem = target_problem(torch.cuda.get_device_capability(index), targets)
+        cuda = native.cuda  # type: ignore[union-attr]
+        capability = torch.cuda.get_device_capability(index)
+        problem = target_problem(capability, cuda.targets)
+        machine_code = [target for target in cuda.targets if target.startswith("sm_")]
+        if not problem and target_problem(capability, machine_code):
+            problem = ptx_problem(cuda.driver_version(), cuda.runtime_version())
         if problem:
             problem = f"cuda:{index} is a {torch.cuda.get_device_name(index)} of {problem}"
     return problem
@@ -225,8 +241,10 @@ def require(name: str) -> None:
     if name not in get_args(Backend):
         accepted = ", ".join(map(repr, get_args(Backend)))
         raise ValueError(f"backend must be one of {accepted}; got {name!r}")
-    if name == "auto":
+    if name in ("auto", "reference") or (name == "cpu" and native is not None):
         return
+    if name == "cuda" and not _cuda_problem() and not device_problem(torch.cuda.current_device()):
+        return  # without a look at every GPU: a Sampler asks at each step
     status = _STATUSES[name]()
     if not status.available:
         raise RuntimeError(f"backend '{name}' cannot run here: {status.detail}")
@@ -283,7 +301,7 @@ def kernel_of(op: str, backend: str, device: torch.device) -> tuple[Kernel, tupl
         return getattr(native, op), (torch.get_num_threads(),)
     index = device.index
     kernel: Kernel = getattr(native.cuda, op)  # type: ignore[union-attr]
-    if torch.cuda.current_device() != index:
+    if torch._C._cuda_getDevice() != index:
         kernel = functools.partial(_on_device, kernel)
     # torch.cuda.current_stream(index).cuda_stream makes two objects on its way to this number.
     return kernel, (index, torch._C._cuda_getCurrentRawStream(index))

@@ -78,7 +78,9 @@ def missing_tool() -> str:
     """The name of the first tool that is not here, or ""."""
     if find_nvcc() is None:
         return "nvcc"
-    return "" if find_tool("cuobjdump") else "cuobjdump"
+    if find_tool("cuobjdump") is None:
+        return "cuobjdump"
+    return "" if shutil.which("c++filt") else "c++filt"
 
 
 def compile_cubin(source: Path, arch: str, target: Path) -> str:
@@ -135,14 +137,18 @@ def _demangled(name: str) -> str:
     return re.sub(r"(\d)u>", r"\1>", short)
 
 
-@functools.cache
-def all_kernels() -> list[Machine]:
-    """Every kernel for every architecture that this nvcc knows."""
+def known_archs() -> list[str]:
+    """Those of ARCHS that this nvcc compiles for."""
     listed = subprocess.run(
         [find_nvcc(), "--list-gpu-code"], capture_output=True, text=True, check=True
     )
-    known = [arch for arch in ARCHS if f"sm_{arch}" in listed.stdout.split()]
-    jobs = [(op, arch) for op in OPS for arch in known]
+    return [arch for arch in ARCHS if f"sm_{arch}" in listed.stdout.split()]
+
+
+@functools.cache
+def all_kernels() -> list[Machine]:
+    """Every kernel for every architecture that this nvcc knows."""
+    jobs = [(op, arch) for op in OPS for arch in known_archs()]
     run: Callable[[tuple[str, str]], list[Machine]] = lambda job: kernels_of(*job)  # noqa: E731
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return [kernel for found in pool.map(run, jobs) for kernel in found]

@@ -223,10 +223,15 @@ def gpus(monkeypatch):
             monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
         raw_stream = lambda index: 70 + index  # noqa: E731
         monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", raw_stream, raising=False)
+        monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+        forget()
+
+    def forget():
+        backends_module._cuda_problem.cache_clear()
         backends_module.device_problem.cache_clear()
 
     yield install
-    backends_module.device_problem.cache_clear()
+    forget()
 
 
 def test_gpus_that_can_run_the_kernels(gpus):
@@ -289,6 +294,20 @@ def test_gpus_that_cannot(cuda, capability, message, gpus):
         backends_module.require("cuda")
     with use_backend("reference"):
         assert select(torch.device("cuda:0")) == "reference"
+
+
+def test_ptx_needs_a_driver_as_new_as_the_compiler(gpus):
+    """Machine code of another GPU, and PTX that the driver could compile if it were newer."""
+    for built, capability, runs in (
+        (("sm_80", "compute_80"), (8, 0), True),
+        (("sm_80", "compute_80"), (9, 0), False),
+    ):
+        cuda = FakeCuda(driver=13_000, targets=built)
+        cuda.runtime_version = lambda: 13_010
+        gpus(cuda, capability)
+        assert (backends_module.device_problem(0) == "") == runs
+    with pytest.raises(RuntimeError, match=r"does not compile the PTX of CUDA 13\.1"):
+        select(torch.device("cuda:0"))
 
 
 def test_drivers():

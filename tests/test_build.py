@@ -122,6 +122,29 @@ def test_cuda_architectures_of_ones_choice(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("found", "built"),
+    [
+        ("7.5", ["sm_80", "sm_90", "compute_90"]),
+        ("9.0\n8.6\n9.0", ["sm_86", "sm_90", "compute_90"]),
+    ],
+)
+def test_cuda_architectures_of_the_gpus_that_are_there(found, built, tmp_path):
+    """A GPU that the kernels cannot be built for breaks no installation."""
+    needs_nvcc()
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '{found}\\n'\n")
+    (tools / "nvidia-smi").chmod(0o755)
+    run = install(tmp_path, PATH=f"{tools}{os.pathsep}{os.environ['PATH']}")
+    assert run.returncode == 0, run.stderr
+    code = "import torch; from ddpm_fast import _native; print(*_native.cuda.targets)"
+    python = tmp_path / "env" / "bin" / "python"
+    run = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert run.stdout.split() == built, run.stderr
+
+
+@pytest.mark.slow
 def test_cuda_architectures_that_make_no_sense(tmp_path):
     needs_nvcc()
     run = install(tmp_path, DDPM_FAST_CUDA_ARCHS="70;90")

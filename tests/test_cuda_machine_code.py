@@ -32,7 +32,8 @@ def test_every_body_is_built_for_every_architecture(kernels):
         *TILES, "RandnBlock", "AddNoiseBlock", "ReverseStepBlock",
     }  # fmt: skip
     archs = {kernel.arch for kernel in kernels}
-    assert {"80", "90"} <= archs
+    if archs != set(machine_code.ARCHS):
+        pytest.skip(f"this nvcc knows only {', '.join(sorted(archs))} of {machine_code.ARCHS}")
     assert len(kernels) == len(archs) * len({kernel.body for kernel in kernels})
 
 
@@ -77,7 +78,7 @@ def test_vectors_of_16_bytes(kernels):
         stores = sum(SIZES[kind] * wide == 16 for kind in outputs) * vectors
         assert kernel.count(r"\bLDG\.E\.128") >= loads, named(kernel)
         assert kernel.count(r"\bSTG\.E\.128") >= stores > 0, named(kernel)
-        if kernel.body.endswith((", 0>", "RandnTile")) and len(set(types)) == 1:
+        if (name != "ReverseStepTile" or kernel.body.endswith(", 0>")) and len(set(types)) == 1:
             assert kernel.count(r"\bSTG\.E\.128") == stores, named(kernel)
             assert kernel.count(r"\bSTG\b") == stores, named(kernel)
 
@@ -122,7 +123,7 @@ def test_the_square_root_is_the_compilers_own(tmp_path: Path):
         pytest.skip(f"needs {machine_code.missing_tool()}")
     source = tmp_path / "root.cu"
     source.write_text("__global__ void root(float* x) { x[threadIdx.x] = __fsqrt_rn(*x); }")
-    for arch in machine_code.ARCHS:
+    for arch in machine_code.known_archs():
         machine_code.compile_cubin(source, arch, tmp_path / "root.cubin")
         (lines,) = machine_code.functions_of(tmp_path / "root.cubin").values()
         code = "\n".join(lines)

@@ -12,6 +12,7 @@ import torch
 from helpers import (
     DTYPES,
     FROZEN_HASH,
+    LAYOUTS,
     SHAPES,
     assert_as_good_as_eager,
     frozen_block,
@@ -76,6 +77,16 @@ def test_frozen_noise(on):
     assert sha256(block) == FROZEN_HASH
 
 
+def test_the_reference_on_a_gpu():
+    """Plain PyTorch on the GPU: the frozen noise, and the CPU's step."""
+    table = table_of(num_steps=50)
+    x, m, _ = inputs((2, 3, 12, 14), torch.float32, table)
+    with use_backend("reference"):
+        assert sha256(frozen_block("cuda")) == FROZEN_HASH
+        found = reverse_step(x.cuda(), m.cuda(), table, 7, seed=1)
+    same(found, reverse_step(x, m, table, 7, seed=1))
+
+
 def test_256_million_normals(on):
     """More addresses than the frozen block has, among them every place of the polynomial."""
     for sample in range(4):
@@ -97,7 +108,6 @@ def test_every_root(tmp_path: Path):
     assert "compared, 0 differ" in run.stdout
 
 
-@pytest.mark.sanitize
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("shape", GPU_SHAPES, ids=str)
 def test_randn(shape, layout, on):
@@ -113,8 +123,7 @@ def test_randn(shape, layout, on):
         same(found, expected)
 
 
-@pytest.mark.sanitize
-@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.uint8])
 @pytest.mark.parametrize("shape", GPU_SHAPES, ids=str)
 def test_add_noise(shape, dtype, layout, on):
@@ -137,9 +146,8 @@ def test_add_noise(shape, dtype, layout, on):
         assert_as_good_as_eager(found.cpu(), signal * wide.to(out) + sigma * eps.to(out), exact)
 
 
-@pytest.mark.sanitize
 @pytest.mark.parametrize("variance", VARIANCES)
-@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtypes", [*itertools.product(DTYPES, DTYPES)], ids=str)
 def test_reverse_step(dtypes, layout, variance, on):
     """Every pair of types, plain and with everything, against float64 and the CPU's bits."""
@@ -174,6 +182,28 @@ def test_reverse_step(dtypes, layout, variance, on):
                 assert_as_good_as_eager(found[i].cpu(), eager[0][i], exact[0][i])
         without_x0 = on.reverse_step(x.cuda(), m.cuda(), table, steps.cuda(), seed=SEED)
         same(without_x0, reverse_step(x, m, table, steps, seed=SEED))
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("shape", [(2, 3, 12, 14), (2, 3, 24, 25), (2, 4, 16, 20)], ids=str)
+def test_within_its_tensors(shape, layout, on):
+    """What compute-sanitizer watches: each op, tiles that end early and single elements."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for variance in ("fixed_small", "learned_range"):
+            table = table_of("epsilon", variance, num_steps=50)
+            tensors = inputs(shape, dtype, table)
+            x, m, uncond = (laid_out(tensor, layout) for tensor in tensors)
+            options = {"seed": 1, "guidance_scale": 1.5, "return_x0": True}
+            expected = reverse_step(x, m, table, 7, model_output_uncond=uncond, **options)
+            found = on.reverse_step(
+                x.cuda(), m.cuda(), table, 7, model_output_uncond=uncond.cuda(), **options
+            )
+            same(found[0], expected[0])
+            same(found[1], expected[1])
+        same(on.add_noise(x.cuda(), 9, SCHEDULE, seed=1), add_noise(x, 9, SCHEDULE, seed=1))
+        drawn = on.randn(shape, seed=1, dtype=dtype, device="cuda")
+        assert torch.equal(drawn.cpu(), randn(shape, seed=1, dtype=dtype))
 
 
 @pytest.mark.sanitize
@@ -250,16 +280,18 @@ def test_a_captured_step_serves_every_step(on):
 
 def test_the_current_stream_is_used(on):
     """Behind work that takes a while: on the wrong stream the kernel would come too soon."""
-    table = table_of(num_steps=50)
+    table = table_of(num_steps=50).to("cuda")
     x, m, _ = inputs((2, 3, 32, 32), torch.float32, table)
     expected = reverse_step(x, m, table, 7, seed=1)
     source, target, m = x.cuda(), torch.zeros_like(x, device="cuda"), m.cuda()
+    on.reverse_step(target, m, table, 7, seed=1)  # nothing is left to be put on the GPU then
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         torch.cuda._sleep(100_000_000)
         target.copy_(source)
         out = on.reverse_step(target, m, table, 7, seed=1)
+        assert not side.query()  # the host has come here first
     side.synchronize()
     same(out, expected)
 

@@ -52,6 +52,62 @@ def test_a_part_that_could_not_run_has_failed(part, tmp_path):
     assert table.strip() in run.stdout
 
 
+ROWS = """
+{"device": "GPU", "torch": "2", "backend": "b", "copy_gigabytes_per_second": 4000.0, "rows": [
+ {"case": "randn", "elements": 3, "microseconds": {"ddpm_fast": 2.0, "eager": 4.0},
+  "ratio": {"eager": 2.0}, "gigabytes_per_second": 9.0, "percent_of_copy": 8.5},
+ {"case": "host", "elements": 3, "microseconds": {"ddpm_fast": 2.0}, "ratio": {}}],
+ "ok": true, "seconds": 1.0}
+"""
+
+
+def test_results_are_shown_without_the_package():
+    """As where nothing is installed: only the interpreter's own modules, and the root elsewhere."""
+    code = f"""
+import json, sys
+sys.path.insert(0, {str(ROOT / "benchmarks")!r})
+import gpu_check
+report = dict(device="GPU", compute_capability="9.0", driver="1", date="2000-01-01", python="3",
+              parts=dict(bench=json.loads({ROWS!r})))
+print("\\n".join(gpu_check.lines_of(report)))
+print("torch" in sys.modules, "ddpm_fast" in sys.modules)
+"""
+    run = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True)
+    assert "copy: 4000.0 GB/s" in run.stdout, run.stderr
+    assert "eager 2.0×" in run.stdout
+    assert run.stdout.split()[-2:] == ["False", "False"]
+
+
+def test_what_takes_too_long_is_stopped_whole(monkeypatch):
+    """The process that was started, and those that it has started."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import gpu_check
+
+    result = gpu_check.execute(["sh", "-c", "sleep 54.321 & echo begun; wait"], 0.5)
+    assert not result["ok"]
+    assert "begun" in result["output"]
+    assert "stopped after" in result["output"]
+    running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    assert "sleep 54.321" not in running
+
+
+def test_parts_join_those_before(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import gpu_check
+
+    gpu = {"name": "GPU", "driver_version": "1", "compute_cap": "9.0"}
+    monkeypatch.setattr(gpu_check, "find_gpu", lambda: gpu)
+    for part in ("build", "test"):
+        monkeypatch.setitem(gpu_check.PARTS, part, lambda *_: {"ok": True})
+        monkeypatch.setattr(sys, "argv", ["gpu-check", "--out", str(tmp_path), "--part", part])
+        assert gpu_check.main() == 0
+    report = json.loads((tmp_path / "GPU.json").read_text())
+    assert list(report["parts"]) == ["build", "test"]
+    gpu["driver_version"] = "2"
+    assert gpu_check.main() == 0
+    assert list(json.loads((tmp_path / "GPU.json").read_text())["parts"]) == ["test"]
+
+
 @pytest.mark.slow
 def test_build_for_the_gpu_that_is_there(tmp_path):
     needs_nvcc()

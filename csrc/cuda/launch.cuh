@@ -25,7 +25,9 @@ __global__ void __launch_bounds__(kThreads, Body::kMinBlocks)
 // as the caller has done with torch's own copy of the CUDA runtime, which puts back the one before.
 inline const char* select_device(int device) {
   const cudaError_t error = cudaSetDevice(device);
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();  // or the next launch would find it
+  return cudaGetErrorString(error);
 }
 
 // One block for every kThreads / kLanes tiles, and none that stays: with all of a lane's loads in

@@ -51,6 +51,8 @@ def randn(
     True
     """
     device = checks.indexed(device)
+    if device.type == "cuda":
+        select(device)  # before anything is put there
     if isinstance(shape, (int, str)):
         raise TypeError(f"shape must be [N, …]; got {shape!r}")
     if any(size < 0 for size in shape):

@@ -408,9 +408,11 @@ def _reverse_step_fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 @torch.library.impl(checks.library, "reverse_step_out", "CompositeExplicitAutograd")
 def _reverse_step_out(*inputs: Any, **outputs: Any) -> None:
     x, out, out_lowp = inputs[0], outputs["out"], outputs["out_lowp"]
-    if out is not x:
+    for written, tensor in (("out", out), ("out_lowp", out_lowp)):
+        if tensor is None or tensor is x:
+            continue
         for name, i in _TENSOR_INPUTS.items():
-            checks.check_overlap("out", out, name, inputs[i])
+            checks.check_overlap(written, tensor, name, inputs[i])
     if out_lowp is not None:
         checks.check_overlap("out_lowp", out_lowp, "out", out)
     _run(*inputs, **outputs)
