@@ -65,8 +65,10 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 def size(request: pytest.FixtureRequest, device: torch.device) -> tuple[int, ...]:
     """[N, 3, 32, 32], where a GPU has room for it and what plain PyTorch makes of it."""
     shape: tuple[int, ...] = request.param
-    if device.type == "cuda" and 4 * 16 * math.prod(shape) > torch.cuda.mem_get_info(device)[0]:
-        pytest.skip(f"{shape} takes more memory than is free")
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        if 4 * 16 * math.prod(shape) > torch.cuda.mem_get_info(device)[0]:
+            pytest.skip(f"{shape} takes more memory than is free")
     return shape
 
 

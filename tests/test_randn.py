@@ -74,3 +74,15 @@ def test_bad_shapes():
         randn([2, -1], seed=0)
     with pytest.raises(ValueError, match=r"at most 2\^34 elements"):
         randn([1, 2**34 + 1], seed=0)
+
+
+def test_traces_for_a_gpu_that_is_not_here():
+    """Which backend runs is asked when the op runs, not while a function is traced."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def f(x):
+        return x + randn(x.shape, seed=1, device=x.device)
+
+    with FakeTensorMode():
+        x = torch.empty(2, 3, device="cuda")
+        assert torch.compile(f, fullgraph=True, backend="eager")(x).shape == (2, 3)

@@ -51,7 +51,7 @@ def randn(
     True
     """
     device = checks.indexed(device)
-    if device.type == "cuda":
+    if device.type == "cuda" and not torch.compiler.is_compiling():
         select(device)  # before anything is put there
     if isinstance(shape, (int, str)):
         raise TypeError(f"shape must be [N, …]; got {shape!r}")
