@@ -98,6 +98,8 @@ class StepTable:
 
     def to(self, device: torch.device | str) -> StepTable:
         """The same table on ``device``, copied there once."""
+        if device == self.rows.device:
+            return self
         device = torch.device(device)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
