@@ -131,11 +131,18 @@ def _cuda_problem() -> str:
             "DDPM_FAST_CUDA=ON"
         )
     if torch.version.cuda is None:
-        return f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch"
+        return torch_problem()
     problem = driver_problem(native.cuda.driver_version(), native.cuda.runtime_version())
-    if not problem and not torch.cuda.is_available():
-        problem = "torch finds no CUDA device"
-    return problem
+    return problem or torch_problem()
+
+
+def torch_problem() -> str:
+    """Why torch has no CUDA device; "" if it has one."""
+    if torch.cuda.is_available():
+        return ""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch"
+    return "torch finds no CUDA device"
 
 
 def driver_problem(driver: int, runtime: int) -> str:
@@ -155,14 +162,15 @@ def driver_problem(driver: int, runtime: int) -> str:
     return ""
 
 
-def ptx_problem(driver: int, runtime: int) -> str:
-    """Why a driver does not compile the PTX of a CUDA version, or "": it has to be as new."""
+def ptx_problem(capability: tuple[int, int], driver: int, runtime: int) -> str:
+    """Why a GPU that only PTX serves does not run it, or "": its driver has to be as new."""
     if driver >= runtime:
         return ""
+    major, minor = capability
     return (
-        f"an architecture that was not built, and the driver, for CUDA {_version(driver)}, does "
-        f"not compile the PTX of CUDA {_version(runtime)}; reinstall with this GPU's number in "
-        "DDPM_FAST_CUDA_ARCHS, or update the driver"
+        f"compute capability {major}.{minor}, which was not built, and the driver, for CUDA "
+        f"{_version(driver)}, does not compile the PTX of CUDA {_version(runtime)}; reinstall with "
+        f'DDPM_FAST_CUDA_ARCHS="{major}{minor}", or update the driver'
     )
 
 
@@ -183,6 +191,8 @@ def target_problem(capability: tuple[int, int], targets: Sequence[str]) -> str:
                 return ""
         elif int(number) // 10 == major and int(number) % 10 <= minor:
             return ""
+    if major < 8:
+        return f"compute capability {major}.{minor}, and the kernels need 8.0 or later"
     return (
         f"compute capability {major}.{minor}, and the kernels were built for {', '.join(targets)}; "
         f'reinstall with DDPM_FAST_CUDA_ARCHS="{major}{minor}"'
@@ -199,9 +209,9 @@ def device_problem(index: int) -> str:
         problem = target_problem(capability, cuda.targets)
         machine_code = [target for target in cuda.targets if target.startswith("sm_")]
         if not problem and target_problem(capability, machine_code):
-            problem = ptx_problem(cuda.driver_version(), cuda.runtime_version())
+            problem = ptx_problem(capability, cuda.driver_version(), cuda.runtime_version())
         if problem:
-            problem = f"cuda:{index} is a {torch.cuda.get_device_name(index)} of {problem}"
+            problem = f"cuda:{index}, {torch.cuda.get_device_name(index)}, has {problem}"
     return problem
 
 

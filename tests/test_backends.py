@@ -306,7 +306,7 @@ def test_ptx_needs_a_driver_as_new_as_the_compiler(gpus):
         cuda.runtime_version = lambda: 13_010
         gpus(cuda, capability)
         assert (backends_module.device_problem(0) == "") == runs
-    with pytest.raises(RuntimeError, match=r"does not compile the PTX of CUDA 13\.1"):
+    with pytest.raises(RuntimeError, match=r"capability 9\.0.* PTX of CUDA 13\.1.*ARCHS=\"90\""):
         select(torch.device("cuda:0"))
 
 
@@ -321,7 +321,9 @@ def test_targets():
     built = ["sm_80", "sm_90", "compute_90"]
     for capability in ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 1)):
         assert target_problem(capability, built) == ""
-    assert "compute capability 7.5" in target_problem((7, 5), built)
+    assert "compute capability 7.5, and the kernels need 8.0 or later" in target_problem(
+        (7, 5), built
+    )
     assert target_problem((8, 6), ["sm_86"]) == ""
     assert target_problem((8, 0), ["sm_86"]) != ""  # machine code of a later minor version
     assert target_problem((9, 0), ["sm_80"]) != ""  # of another major version
@@ -340,11 +342,18 @@ def test_the_cuda_part_where_there_is_no_gpu():
     assert native.cuda.driver_version() == 0
     with pytest.raises(RuntimeError, match=r"CUDA launch failed: .*(driver|device)"):
         native.cuda.randn(16, 0, 1, 1, 4, False, 0, 0, 0, 0, 0, 0, 0, 0)
-    for call in (lambda: randn([1, 4], seed=0, device="cuda"), use_cuda):
-        with pytest.raises(RuntimeError, match="cuda"):
-            call()
-
-
-def use_cuda():
-    with use_backend("cuda"):
+    with pytest.raises(RuntimeError, match="'cuda' cannot run here: "), use_backend("cuda"):
         pass
+
+
+@pytest.mark.skipif(not no_gpu(), reason="there is a GPU")
+@pytest.mark.parametrize("ids", [None, [3]])
+def test_a_cuda_device_that_is_not_there(ids):
+    """Said before anything is put on it."""
+    sampler = ddpm_fast.Sampler(lambda x, t: x, NoiseSchedule.linear(10), device="cuda")
+    for call in (
+        lambda: randn([1, 4], seed=0, sample_ids=ids, device="cuda"),
+        lambda: sampler.sample([1, 4], sample_ids=ids),
+    ):
+        with pytest.raises(RuntimeError, match=r"there is no device cuda: torch .*CUDA"):
+            call()

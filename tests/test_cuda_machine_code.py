@@ -110,9 +110,10 @@ def test_the_document_says_what_is_so(kernels):
     document = (machine_code.ROOT / "docs" / "cuda.md").read_text()
     table = re.findall(r"^\| (.*?) \| ([\d.]+) \| (\d+) \| \d+ \|$", document, re.M)
     assert [row[0] for row in table] == list(bodies)
-    for name, instructions, _ in table:
+    for name, instructions, registers in table:
         for kernel in kernels:
             if kernel.body == bodies[name]:
+                assert kernel.registers == pytest.approx(int(registers), rel=0.15), name
                 assert kernel.per_element == pytest.approx(float(instructions), rel=0.06), name
 
 

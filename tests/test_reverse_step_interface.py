@@ -89,6 +89,14 @@ def test_what_autograd_cannot_follow_is_refused():
         gradient.sum().backward()
 
 
+def test_out_lowp_may_not_overlap_in_part():
+    table = table_of(num_steps=50)
+    x, memory = randn((1, 3, 4, 4), seed=1), torch.zeros(2 * 48, dtype=torch.bfloat16)
+    m, low = memory[:48].view(x.shape), memory[8:56].view(x.shape)
+    with pytest.raises(ValueError, match="out_lowp must not overlap model_output in part"):
+        reverse_step(x, m, table, 7, seed=1, out=x, out_lowp=low)
+
+
 def test_out_may_not_overlap_in_part():
     table = table_of()
     buffer = randn((5, 3, 4, 4), seed=1)

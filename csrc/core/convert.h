@@ -8,6 +8,11 @@ namespace ddpm_fast {
 // The order of DTYPES in ddpm_fast/backends.py.
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kUInt8 = 3 };
 
+// Bytes of an element.
+DDPM_FAST_HD int64_t size_of(DType dtype) {
+  return dtype == DType::kFloat32 ? 4 : dtype == DType::kUInt8 ? 1 : 2;
+}
+
 template <class V>
 DDPM_FAST_HD typename V::F float_from_bf16(typename V::U h) {
   return V::from_bits(h << 16);

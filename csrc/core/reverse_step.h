@@ -30,6 +30,10 @@ enum class Variance : int {
       3,  // v in [-1, 1] between log_var_min and log_var_max (Nichol & Dhariwal, eq. 15)
 };
 
+DDPM_FAST_HD bool is_learned(Variance variance) {
+  return variance == Variance::kLearned || variance == Variance::kLearnedRange;
+}
+
 struct ReverseStepParams {
   const void* x;
   const void* model_output;         // [samples, channels or 2 channels, pixels]

@@ -16,10 +16,6 @@ namespace DDPM_FAST_ISA {
 constexpr int kGranule = 256;
 constexpr int kTile = 4096;  // elements a thread takes at a time; a multiple of kGranule
 
-inline int64_t size_of(DType dtype) {
-  return dtype == DType::kFloat32 ? 4 : dtype == DType::kUInt8 ? 1 : 2;
-}
-
 template <class T>
 inline const T* at(const void* base, int64_t offset) {
   return static_cast<const T*>(base) + offset;

@@ -130,7 +130,7 @@ void lower(int32_t* word, int32_t value) {
 void reverse_step(const ReverseStepParams& p, int threads) {
   const int64_t elements = p.shape.elements();
   const ModelOutput cond(p, p.model_output), uncond(p, p.model_output_uncond);
-  const bool learned = p.variance == Variance::kLearned || p.variance == Variance::kLearnedRange;
+  const bool learned = is_learned(p.variance);
   const bool plain = p.variance == Variance::kNone && p.model_output_uncond == nullptr &&
                      p.x0 == nullptr && p.out_x0 == nullptr && p.out_lowp == nullptr;
   const PlainGranule plain_granule = plain ? plain_granule_of(p.x_dtype, p.model_dtype) : nullptr;

@@ -152,10 +152,6 @@ struct Pixel {
   }
 };
 
-DDPM_FAST_HD int size_of(DType dtype) {
-  return dtype == DType::kFloat32 ? 4 : dtype == DType::kUInt8 ? 1 : 2;
-}
-
 DDPM_FAST_HD const void* element(const void* base, int64_t i, int size) {
   return static_cast<const char*>(base) + i * size;
 }

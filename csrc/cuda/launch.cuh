@@ -19,8 +19,6 @@ __global__ void __launch_bounds__(kThreads, Body::kMinBlocks)
   run_tile<Body>(p, tiles, tile, thread % Body::kLanes);
 }
 
-// One block for every kThreads / kLanes tiles, and none that stays: with all of a lane's loads in
-// flight at once there is nothing for a loop over tiles to hide.
 // Null, or what went wrong. A stream's handle names no device: the device is made the current one,
 // as the caller has done with torch's own copy of the CUDA runtime, which puts back the one before.
 inline const char* select_device(int device) {

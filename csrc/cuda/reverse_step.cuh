@@ -40,10 +40,6 @@ struct StepOfSample {
 // sigma * z, and +0 where sigma is 0 whatever the sign of z: the draws need no branch around them.
 DDPM_FAST_HD float noise_term(float sigma, float z) { return ScalarLanes::fma(sigma, z, 0.0f); }
 
-DDPM_FAST_HD bool is_learned(Variance variance) {
-  return variance == Variance::kLearned || variance == Variance::kLearnedRange;
-}
-
 // What a body can do beyond the plain step (which has a second output in M's type, too). What it
 // can do it looks at once a tile; what it cannot costs neither instructions nor registers.
 constexpr unsigned kGuidance = 1;

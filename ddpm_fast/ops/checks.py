@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..backends import native
+from ..backends import native, torch_problem
 from ..schedule import integer
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -43,10 +43,18 @@ def check_same_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> No
 
 
 def indexed(device: torch.device | str) -> torch.device:
-    """The device as tensors name theirs: "cuda" is the current one."""
+    """The device as tensors name theirs: "cuda" is the current one.
+
+    Raises:
+        RuntimeError: torch has no CUDA device, and nothing is being traced for another machine.
+    """
     device = torch.device(device)
-    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
+    if device.type == "cuda" and runs_now(None):
+        problem = torch_problem()
+        if problem:
+            raise RuntimeError(f"there is no device {device}: {problem}")
+        if device.index is None:
+            return torch.device("cuda", torch.cuda.current_device())
     return device
 
 

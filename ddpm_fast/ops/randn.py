@@ -51,8 +51,6 @@ def randn(
     True
     """
     device = checks.indexed(device)
-    if device.type == "cuda" and not torch.compiler.is_compiling():
-        select(device)  # before anything is put there
     if isinstance(shape, (int, str)):
         raise TypeError(f"shape must be [N, …]; got {shape!r}")
     if any(size < 0 for size in shape):
