@@ -1,8 +1,8 @@
 """Which implementation runs: the compiled kernels, or plain PyTorch.
 
-``auto`` takes the kernels made for a tensor's device. A backend asked for by name that cannot run
-raises with the reason; where ``auto`` finds none for a CPU tensor it says so once and takes the
-reference implementation.
+``auto`` takes the kernels made for a tensor's device: on a GPU those of CUDA C++ where they run,
+else Triton's. A backend asked for by name that cannot run raises with the reason; where ``auto``
+finds none for a CPU tensor it says so once and takes the reference implementation.
 
 Environment variables:
     DDPM_FAST_BACKEND: the backend of calls that do not name one ("auto" if unset), read on import.
@@ -13,15 +13,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch  # before the native module: both then share torch's OpenMP runtime
+
+from .kernels import support
 
 Backend = Literal["auto", "reference", "cpu", "cuda", "triton"]
 
@@ -80,10 +83,6 @@ def _reference_status() -> BackendStatus:
     return BackendStatus("reference", True, f"plain PyTorch {torch.__version__}, any device")
 
 
-def _triton_status() -> BackendStatus:
-    return BackendStatus("triton", False, "this version has no Triton kernels")
-
-
 def _cpu_status() -> BackendStatus:
     if native is None:
         return BackendStatus("cpu", False, _why_no_native)
@@ -98,17 +97,28 @@ def _cuda_status() -> BackendStatus:
     if problem:
         return BackendStatus("cuda", False, problem)
     cuda = native.cuda  # type: ignore[union-attr]
-    targets, driver = cuda.targets, _version(cuda.driver_version())
-    names, problems = [], []
-    for i in range(torch.cuda.device_count()):
-        problem = device_problem(i)
-        if problem:
-            problems.append(problem)
-        else:
-            names.append(torch.cuda.get_device_name(i))
-    detail = f"{', '.join(names)}; " if names else ""
-    detail += "; ".join([*problems, f"built for {', '.join(targets)}; driver for CUDA {driver}"])
-    return BackendStatus("cuda", bool(names), detail)
+    built = (
+        f"built for {', '.join(cuda.targets)}; driver for CUDA {_version(cuda.driver_version())}"
+    )
+    return _gpu_status("cuda", device_problem, built)
+
+
+def _gpu_status(name: str, problem_of: Callable[[int], str], detail: str) -> BackendStatus:
+    """What each GPU is called that runs the backend, and why the others do not."""
+    found = [problem_of(i) for i in range(torch.cuda.device_count())]
+    names = [torch.cuda.get_device_name(i) for i, problem in enumerate(found) if not problem]
+    parts = [", ".join(names), *filter(None, found), detail]
+    return BackendStatus(name, bool(names), "; ".join(filter(None, parts)))
+
+
+def _triton_status() -> BackendStatus:
+    problem = _triton_problem()
+    if not problem:
+        return _gpu_status("triton", triton_device_problem, f"Triton {support.triton_version()}")
+    if support.interpreted() and not torch.cuda.is_available():
+        how = "interpreted on the host, slowly, as TRITON_INTERPRET says: CPU tensors only"
+        return BackendStatus("triton", True, f"Triton {support.triton_version()}, {how}")
+    return BackendStatus("triton", False, problem)
 
 
 _STATUSES = {
@@ -122,6 +132,8 @@ _STATUSES = {
 @functools.cache
 def _cuda_problem() -> str:
     """Why no GPU at all can run the CUDA kernels; "" if nothing is known to prevent it."""
+    if torch.version.hip is not None:
+        return f"torch {torch.__version__} is for AMD's GPUs, and these kernels for NVIDIA's"
     if native is None:
         return _why_no_native
     if native.cuda is None:
@@ -140,7 +152,7 @@ def torch_problem() -> str:
     """Why torch has no CUDA device; "" if it has one."""
     if torch.cuda.is_available():
         return ""
-    if torch.version.cuda is None:
+    if torch.version.cuda is None and torch.version.hip is None:
         return f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch"
     return "torch finds no CUDA device"
 
@@ -215,6 +227,16 @@ def device_problem(index: int) -> str:
     return problem
 
 
+def _triton_problem() -> str:
+    """Why no GPU at all can run the Triton kernels; "" if nothing is known to prevent it."""
+    return support.gpu_problem(torch_problem())
+
+
+def triton_device_problem(index: int) -> str:
+    """Why the Triton kernels do not run on GPU ``index``; "" if they do."""
+    return _triton_problem() or support.device_problem(index)
+
+
 def _version(number: int) -> str:
     return f"{number // 1000}.{number % 1000 // 10}"
 
@@ -255,6 +277,12 @@ def require(name: str) -> None:
         return
     if name == "cuda" and not _cuda_problem() and not device_problem(torch.cuda.current_device()):
         return  # without a look at every GPU: a Sampler asks at each step
+    if (
+        name == "triton"
+        and not _triton_problem()
+        and not triton_device_problem(torch.cuda.current_device())
+    ):
+        return
     status = _STATUSES[name]()
     if not status.available:
         raise RuntimeError(f"backend '{name}' cannot run here: {status.detail}")
@@ -265,11 +293,17 @@ def select(device: torch.device) -> str:
     name = _chosen.get()
     if name == "auto":
         return _automatic(device)
-    if name == "cuda" and device.type == "cuda":
-        _require_device(device)
+    if name in _ON_GPUS and device.type == "cuda":
+        problem = _ON_GPUS[name](device)
+        if problem:
+            raise RuntimeError(
+                f"backend '{name}' cannot run on {device}: {problem}; {_USE_REFERENCE}"
+            )
+    elif name == "triton" and device.type == "cpu" and support.interpreted():
+        pass
     elif name != "reference" and not (name == "cpu" == device.type and native is not None):
         require(name)
-        wanted = "CPU" if name == "cpu" else "CUDA"
+        wanted = "CPU" if name == "cpu" or support.interpreted() else "CUDA"
         raise RuntimeError(f"backend '{name}' takes {wanted} tensors; got one on {device}")
     return name
 
@@ -281,8 +315,13 @@ def _automatic(device: torch.device) -> str:
         _warn_once(f"ddpm_fast runs its slow reference implementation: {_why_no_native}")
         return "reference"
     if device.type == "cuda":
-        _require_device(device)
-        return "cuda"
+        problems = {}
+        for name, problem_of in _ON_GPUS.items():
+            problems[name] = problem_of(device)
+            if not problems[name]:
+                return name
+        why = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
+        raise RuntimeError(f"no ddpm_fast kernels for {device}: {why}; {_USE_REFERENCE}")
     raise RuntimeError(f"no ddpm_fast kernels for {device.type} tensors; {_USE_REFERENCE}")
 
 
@@ -291,11 +330,19 @@ _USE_REFERENCE = (
 )
 
 
-def _require_device(device: torch.device) -> None:
-    problem = _cuda_problem() if device.index is None else device_problem(device.index)
-    if problem:
-        raise RuntimeError(f"no ddpm_fast kernels for cuda tensors: {problem}; {_USE_REFERENCE}")
+def _problem_of_cuda(device: torch.device) -> str:
+    return _cuda_problem() if device.index is None else device_problem(device.index)
 
+
+def _problem_of_triton(device: torch.device) -> str:
+    return _triton_problem() if device.index is None else triton_device_problem(device.index)
+
+
+# In the order in which auto asks them.
+_ON_GPUS: dict[str, Callable[[torch.device], str]] = {
+    "cuda": _problem_of_cuda,
+    "triton": _problem_of_triton,
+}
 
 Kernel = Callable[..., None]
 
@@ -312,13 +359,28 @@ def kernel_of(op: str, backend: str, device: torch.device) -> tuple[Kernel, tupl
     index = device.index
     kernel: Kernel = getattr(native.cuda, op)  # type: ignore[union-attr]
     if torch._C._cuda_getDevice() != index:
-        kernel = functools.partial(_on_device, kernel)
+        kernel = functools.partial(_on_device, index, kernel)
     # torch.cuda.current_stream(index).cuda_stream makes two objects on its way to this number.
     return kernel, (index, torch._C._cuda_getCurrentRawStream(index))
 
 
-def _on_device(kernel: Kernel, *arguments: int) -> None:
-    with torch.cuda.device(arguments[-2]):
+def triton_launcher(op: str, device: torch.device) -> Kernel:
+    """launch_<op> of kernels/<op>.py, for tensors on ``device`` and the stream current there."""
+    launch = _import_launcher(op)
+    if device.type == "cuda" and torch._C._cuda_getDevice() != device.index:
+        return functools.partial(_on_device, device.index, launch)
+    return launch
+
+
+@functools.cache
+def _import_launcher(op: str) -> Kernel:
+    module = importlib.import_module(f".kernels.{op}", __package__)
+    launch: Kernel = getattr(module, f"launch_{op}")
+    return launch
+
+
+def _on_device(index: int, kernel: Kernel, *arguments: Any) -> None:
+    with torch.cuda.device(index):
         kernel(*arguments)
 
 

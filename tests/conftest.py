@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -11,9 +12,12 @@ from typing import Any
 import cuda_on_host
 import pytest
 import torch
-from helpers import ISAS
+from helpers import ISAS, no_gpu
 
 from ddpm_fast.backends import native
+
+if no_gpu():  # read when Triton is imported, which nothing here has done
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import DTYPES, kernel_of, select
+from ..backends import DTYPES, kernel_of, select, triton_launcher
 from ..schedule import NoiseSchedule
 from . import checks
 
@@ -114,6 +114,11 @@ def _add_noise(
         noise = checks.laid_out(noise, layout[3])
     if backend == "reference":
         return out.copy_(_reference(x0, t, ts, weights, seed, seeds, sample_ids, index, noise))
+    if backend == "triton":
+        launch = triton_launcher("add_noise", x0.device)
+        draw = STREAM << 24 | index
+        launch(x0, noise, out, layout, seed, seeds, sample_ids, draw, weights, t, ts)
+        return out
     run, where = kernel_of("add_noise", backend, x0.device)
     run(
         x0.data_ptr(),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import DTYPES, kernel_of, select
+from ..backends import DTYPES, kernel_of, select, triton_launcher
 from . import checks
 
 checks.library.define(
@@ -106,6 +106,10 @@ def _randn(
         return out.copy_(reference.randn(shape, seeds, sample_ids, stream << 24 | draws))
     layout = checks.layout_of(out)
     assert layout is not None
+    if backend == "triton":
+        launch = triton_launcher("randn", out.device)
+        launch(out, layout, seed, seeds, sample_ids, stream, index, indices)
+        return out
     run, where = kernel_of("randn", backend, out.device)
     run(
         out.data_ptr(),

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
-from .. import reference
-from ..backends import DTYPES, kernel_of, select
 from ..schedule import ModelVariance, StepTable
 from . import checks
+from .reverse_step_run import VARIANCES, formula, run_reverse_step
 
-STREAM = 1  # reverse steps; the index is the timestep being left
 NO_CLIP = (-math.inf, math.inf)
-_VARIANCES = get_args(ModelVariance)
 # Where the ops' inputs of x's size stand among their arguments.
 _TENSOR_INPUTS = {"x": 0, "model_output": 1, "model_output_uncond": 12, "noise": 15, "x0": 16}
 
@@ -145,7 +142,7 @@ def reverse_step(
         seed,
         seeds,
         ids,
-        _VARIANCES.index(variance),
+        VARIANCES.index(variance),
         lo,
         hi,
         model_output_uncond,
@@ -235,156 +232,6 @@ def _check_out(name: str, out: Tensor, x: Tensor, dtypes: Sequence[torch.dtype])
         raise ValueError(f"{name} must be {order}, as x is or is made; got strides {out.stride()}")
 
 
-def _run(
-    x: Tensor,
-    model_output: Tensor,
-    rows: Tensor,
-    timesteps: Tensor,
-    step: int,
-    steps: Tensor | None,
-    seed: int,
-    seeds: Tensor | None,
-    sample_ids: Tensor | None,
-    variance: int,
-    lo: float,
-    hi: float,
-    model_output_uncond: Tensor | None,
-    guidance_scale: float,
-    guidance_scales: Tensor | None,
-    noise: Tensor | None,
-    x0: Tensor | None,
-    *,
-    out: Tensor,
-    out_x0: Tensor | None = None,
-    out_lowp: Tensor | None = None,
-    nan_step: Tensor | None = None,
-) -> None:
-    backend = select(x.device)
-    checks.check_ids_on_host(sample_ids)
-    if steps is not None:
-        checks.check_range_on_host("step", steps, rows.shape[0])
-        if steps.ndim:
-            checks.check_same_shape("step", steps, x.shape[:1])
-    else:
-        checks.as_int("step", step, rows.shape[0])
-    x, layout = checks.dense(x)
-    channels_last = layout[3]
-    model_output = checks.laid_out(model_output, channels_last)
-    if model_output_uncond is not None:
-        model_output_uncond = checks.laid_out(model_output_uncond, channels_last)
-    if noise is not None:
-        noise = checks.laid_out(noise, channels_last)
-    if x0 is not None:
-        x0 = checks.laid_out(x0, channels_last)
-
-    if backend == "reference":
-        scale = guidance_scales
-        if scale is None:
-            scale = torch.full((), guidance_scale, dtype=torch.float32, device=x.device)
-        result, clipped = _reference(
-            x.float(),
-            model_output.float(),
-            rows,
-            timesteps,
-            step,
-            steps,
-            (seed, seeds, sample_ids),
-            _VARIANCES[variance],
-            (lo, hi),
-            None if model_output_uncond is None else model_output_uncond.float(),
-            scale,
-            None if noise is None else noise.float(),
-            None if x0 is None else x0.float(),
-        )
-        if nan_step is not None:
-            _note_nan(result, step, steps, nan_step)
-        for target, value in ((out, result), (out_x0, clipped), (out_lowp, result)):
-            if target is not None:
-                target.copy_(value)
-        return
-
-    run, where = kernel_of("reverse_step", backend, x.device)
-    run(
-        x.data_ptr(),
-        DTYPES[x.dtype],
-        model_output.data_ptr(),
-        0 if model_output_uncond is None else model_output_uncond.data_ptr(),
-        DTYPES[model_output.dtype],
-        0 if x0 is None else x0.data_ptr(),
-        0 if x0 is None else DTYPES[x0.dtype],
-        0 if noise is None else noise.data_ptr(),
-        0 if noise is None else DTYPES[noise.dtype],
-        out.data_ptr(),
-        0 if out_x0 is None else out_x0.data_ptr(),
-        0 if out_lowp is None else out_lowp.data_ptr(),
-        0 if out_lowp is None else DTYPES[out_lowp.dtype],
-        *layout,
-        seed,
-        0 if seeds is None else seeds.data_ptr(),
-        0 if sample_ids is None else sample_ids.data_ptr(),
-        variance,
-        lo,
-        hi,
-        guidance_scale,
-        0 if guidance_scales is None else guidance_scales.data_ptr(),
-        0 if guidance_scales is None else guidance_scales.ndim,
-        rows.data_ptr(),
-        timesteps.data_ptr(),
-        rows.shape[0],
-        step,
-        0 if steps is None else steps.data_ptr(),
-        0 if steps is None else steps.ndim,
-        0 if nan_step is None else nan_step.data_ptr(),
-        *where,
-    )
-
-
-def _note_nan(result: Tensor, step: int, steps: Tensor | None, nan_step: Tensor) -> None:
-    held = result.flatten(1).isnan().any(1)
-    rows = torch.full_like(held, step, dtype=torch.int32) if steps is None else steps.int()
-    none = torch.iinfo(torch.int32).max
-    first = torch.where(held, rows, none).amin() if held.numel() else none
-    nan_step.clamp_(max=first)
-
-
-def _reference(
-    x: Tensor,
-    model_output: Tensor,
-    rows: Tensor,
-    timesteps: Tensor,
-    step: int,
-    steps: Tensor | None,
-    noise_address: tuple[int, Tensor | None, Tensor | None],
-    variance: ModelVariance,
-    clip: tuple[float, float],
-    model_output_uncond: Tensor | None,
-    guidance_scale: Tensor,
-    noise: Tensor | None,
-    x0: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """reference.reverse_step in x's dtype, with the noise of the address where none is given."""
-    if steps is None:
-        steps = torch.full((x.shape[0],), step, dtype=torch.int64, device=x.device)
-    else:
-        steps = steps.expand(x.shape[0])
-    if noise is None:
-        seeds, ids = checks.reference_address(*noise_address, x.shape[0], x.device)
-        draws = STREAM << 24 | timesteps[steps]
-        noise = reference.randn(x.shape, seeds, ids, draws)
-    return reference.reverse_step(
-        x,
-        model_output,
-        rows,
-        steps,
-        noise.to(x.dtype),
-        variance=variance,
-        clip=clip,
-        model_output_uncond=model_output_uncond,
-        guidance_scale=guidance_scale.to(x.dtype),
-        x0=x0,
-    )
-
-
 def _new_outputs(x: Tensor, return_x0: bool) -> tuple[Tensor, Tensor]:
     out = checks.empty_like_dense(x, x.dtype)
     if return_x0:
@@ -396,7 +243,7 @@ def _new_outputs(x: Tensor, return_x0: bool) -> tuple[Tensor, Tensor]:
 def _reverse_step(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     *inputs, return_x0 = args
     out, out_x0 = _new_outputs(x, return_x0)
-    _run(x, *inputs, out=out, out_x0=out_x0 if return_x0 else None)
+    run_reverse_step(x, *inputs, out=out, out_x0=out_x0 if return_x0 else None)
     return out, out_x0
 
 
@@ -415,7 +262,7 @@ def _reverse_step_out(*inputs: Any, **outputs: Any) -> None:
             checks.check_overlap(written, tensor, name, inputs[i])
     if out_lowp is not None:
         checks.check_overlap("out_lowp", out_lowp, "out", out)
-    _run(*inputs, **outputs)
+    run_reverse_step(*inputs, **outputs)
     for written in (out, out_lowp, outputs["nan_step"]):
         if written is not None and not written.is_inference():
             increment_version(written)  # what autograd saved of it is no longer there
@@ -456,7 +303,7 @@ def _backward(ctx: Any, grad: Tensor, grad_x0: Tensor) -> tuple[Tensor | None, .
     if scales is None:
         scales = torch.full((), scale, dtype=torch.float64, device=x.device)
     with torch.enable_grad():
-        results = _reference(
+        results = formula(
             x,
             model_output,
             rows,
@@ -464,7 +311,7 @@ def _backward(ctx: Any, grad: Tensor, grad_x0: Tensor) -> tuple[Tensor | None, .
             step,
             steps,
             (seed, seeds, ids),
-            _VARIANCES[variance],
+            VARIANCES[variance],
             (lo, hi),
             uncond,
             scales,

@@ -1,0 +1,76 @@
+"""The formulas of csrc/core/{add_noise,reverse_step,exp}.h on vectors, operation by operation."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def unit_from_pixel(pixel):
+    """A pixel 0 … 255 in [-1, 1]: (p - 127.5)/127.5, the reciprocal in two parts."""
+    centred = pixel - 127.5
+    return tl.fma(centred, 0.007843137718737125, centred * -4.638351647212602e-10)
+
+
+@triton.jit
+def q_sample(signal, sigma, x0, z):
+    """x_t = sqrt(abar) x_0 + sqrt(1 - abar) z (Ho et al. 2020, eq. 4)."""
+    return tl.fma(signal, x0, sigma * z)
+
+
+@triton.jit
+def guided(cond, uncond, scale):
+    """m_u + s (m_c - m_u): classifier-free guidance (Ho & Salimans 2022)."""
+    return tl.fma(scale, cond - uncond, uncond)
+
+
+@triton.jit
+def predict_x0(r, c_x, c_m, x, m):
+    """x0_hat before the clip: r (c_m m + c_x x), r not multiplied out."""
+    return r * tl.fma(c_m, m, c_x * x)
+
+
+@triton.jit
+def clip(x, lo, hi):
+    """NaN passes. No bound is -0."""
+    return tl.minimum(
+        tl.maximum(x, lo, propagate_nan=tl.PropagateNan.ALL),
+        hi,
+        propagate_nan=tl.PropagateNan.ALL,
+    )
+
+
+@triton.jit
+def exp_clamped(x):
+    """exp(x) for x kept in [-87, 87]; NaN passes."""
+    x = clip(x, -87.0, 87.0)
+    # Adding 1.5 * 2^23 leaves the nearest integer in the low bits of the sum.
+    shifted = tl.fma(x, 1.4426950216293335, 12582912.0)
+    k = shifted - 12582912.0
+    f = tl.fma(k, -0.693145751953125, x)  # ln 2 in two parts: the first product is exact
+    f = tl.fma(k, -1.428606765330187e-06, f)
+    e = tl.fma(0.0013950478751212358, f, 0.008368882350623608)
+    e = tl.fma(e, f, 0.04166620597243309)
+    e = tl.fma(e, f, 0.1666651964187622)
+    e = tl.fma(e, f, 0.5)
+    e = tl.fma(e * f, f, f)
+    exponent = shifted.to(tl.uint32, bitcast=True) << 23
+    return (exponent + 0x3F800000).to(tl.float32, bitcast=True) * (e + 1.0)
+
+
+@triton.jit
+def sigma_of(sigma, log_var):
+    """The model's own standard deviation, times the row's sigma (0 or 1)."""
+    return sigma * exp_clamped(0.5 * log_var)
+
+
+@triton.jit
+def log_var_between(v, log_var_min, log_var_max):
+    """Of v in [-1, 1] (Nichol & Dhariwal 2021, eq. 15)."""
+    return tl.fma(tl.fma(v, 0.5, 0.5), log_var_max - log_var_min, log_var_min)
+
+
+@triton.jit
+def step_to(b_0, b_x, b_m, x0_hat, x, m, noise):
+    """x' = fma(b_0, x0_hat, fma(b_x, x, fma(b_m, m, noise)))
+    (Ho et al. 2020, eqs. 7, 11 and 15; Song et al. 2021, eq. 12)."""
+    return tl.fma(b_0, x0_hat, tl.fma(b_x, x, tl.fma(b_m, m, noise)))

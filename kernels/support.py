@@ -1,0 +1,85 @@
+"""Whether the Triton kernels run here, and if not, why. Triton is imported when that is asked."""
+
+from __future__ import annotations
+
+import functools
+import re
+
+import torch
+
+OLDEST = (3, 6)  # with which the kernels were tried
+_INSTALL = "pip install 'ddpm_fast[triton]'"
+
+
+@functools.cache
+def triton_problem() -> str:
+    """Why this Python has no Triton that compiles or interprets the kernels; "" if it has."""
+    try:
+        import triton
+    except ModuleNotFoundError as error:
+        if error.name == "triton":
+            return f"Triton is not installed; {_INSTALL}"
+        return f"Triton failed to load: {error}"
+    except (ImportError, OSError, RuntimeError) as error:
+        return f"Triton failed to load: {error}"
+    if version_of(triton.__version__) < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        return f"Triton {triton.__version__} is too old: the kernels need {oldest}; {_INSTALL}"
+    return ""
+
+
+def version_of(text: str) -> tuple[int, ...]:
+    """The numbers a version begins with."""
+    found = re.match(r"\d+(\.\d+)*", text)
+    return tuple(int(number) for number in found[0].split(".")) if found else ()
+
+
+def triton_version() -> str:
+    import triton
+
+    return str(triton.__version__)
+
+
+@functools.cache
+def interpreted() -> bool:
+    """Whether Triton interprets kernels on the host and compiles none (TRITON_INTERPRET)."""
+    if triton_problem():
+        return False
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+@functools.cache
+def gpu_problem(torch_problem: str) -> str:
+    """Why the kernels run on no GPU of this machine, given why torch has none; "" if nothing is
+    known to prevent it."""
+    if triton_problem():
+        return triton_problem()
+    if interpreted():
+        return (
+            "TRITON_INTERPRET is set, with which Triton interprets kernels on the host, for CPU "
+            "tensors; unset it"
+        )
+    return torch_problem
+
+
+@functools.cache
+def device_problem(index: int) -> str:
+    """Why a Triton that compiles does not run the kernels on GPU ``index``; "" if it does."""
+    from triton.runtime import driver
+
+    name = torch.cuda.get_device_name(index)
+    if torch.version.hip is None:
+        major, minor = torch.cuda.get_device_capability(index)
+        if major < 8:
+            return (
+                f"cuda:{index}, {name}, has compute capability {major}.{minor}, and Triton "
+                "compiles for 8.0 or later"
+            )
+    try:  # loads the driver's part, which Triton compiles with the machine's C compiler
+        with torch.cuda.device(index):
+            driver.active.get_current_target()
+    except Exception as error:
+        return f"Triton does not run on cuda:{index}, {name}: {error}"
+    return ""

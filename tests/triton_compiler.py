@@ -1,0 +1,214 @@
+"""What Triton makes of the kernels for GPUs that are not here: compiled, not run.
+
+python tests/triton_compiler.py ARCH…    prints a JSON of every kernel for each of ARCHS
+
+A process of its own, because Triton either compiles or interprets.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+
+from machine_code import find_tool, functions_of  # noqa: E402
+
+from ddpm_fast import NoiseSchedule  # noqa: E402
+from ddpm_fast.kernels.add_noise import launch_add_noise  # noqa: E402
+from ddpm_fast.kernels.randn import launch_randn  # noqa: E402
+from ddpm_fast.kernels.reverse_step import launch_reverse_step  # noqa: E402
+from ddpm_fast.kernels.tile import Tiling  # noqa: E402
+from ddpm_fast.ops import checks  # noqa: E402
+
+ARCHS = ["80", "90", "gfx942"]
+SCHEDULE = NoiseSchedule.cosine()
+SHAPES = {
+    "contiguous": (2, 3, 32, 32),
+    "channels_last 3": (2, 3, 32, 32),
+    "channels_last 4": (2, 4, 32, 32),
+    "odd": (2, 3, 7, 9),
+    "channels_last odd": (2, 5, 7, 9),
+}
+FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+Launch = Callable[[], None]
+
+
+class Driver:
+    """Says that there is a GPU: the kernels are compiled for it."""
+
+    def __init__(self, arch: str) -> None:
+        self.device = ARCHS.index(arch)  # kernels are kept by device
+        is_amd = arch.startswith("gfx")
+        self.target = GPUTarget("hip", arch, 64) if is_amd else GPUTarget("cuda", int(arch), 32)
+
+    def get_current_device(self) -> int:
+        return self.device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+
+def compiled(launch: Launch, arch: str) -> tuple[Any, int]:
+    """The kernel that a launch takes there, and the elements of its tiles."""
+    found = []
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        (tiling,) = (arg for arg in args if isinstance(arg, Tiling))
+        found.append((run(self, *args, grid=grid, warmup=True, **kwargs), tiling.tile))
+
+    run, JITFunction.run = JITFunction.run, compile_only
+    driver.set_active(Driver(arch))
+    try:
+        launch()
+    finally:
+        JITFunction.run = run
+    return found[0]
+
+
+def empty(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> torch.Tensor:
+    return checks.empty_laid_out(shape, "channels_last" in layout, dtype, torch.device("cpu"))
+
+
+def step(
+    layout: str = "contiguous",
+    x: str = "float32",
+    m: str = "float32",
+    variance: str = "fixed_small",
+    shape: tuple[int, ...] | None = None,
+    row: int | torch.Tensor = 3,
+    seed: int = 5,
+    **options: Any,
+) -> Launch:
+    """A reverse step: options are names of further tensors and their dtypes."""
+    table = SCHEDULE.step_table(prediction="epsilon", variance=variance)
+    shape = shape or SHAPES[layout]
+    doubled = (shape[0], shape[1] * (1 + (table.model_variance != "none")), *shape[2:])
+    state, output = empty(shape, layout, FLOATS[x]), empty(doubled, layout, FLOATS[m])
+    names = ("x0", "noise", "out_x0", "out_lowp")
+    others = {
+        name: empty(shape, layout, FLOATS[options[name]]) if name in options else None
+        for name in names
+    }
+    steps = row if isinstance(row, torch.Tensor) else None
+    return lambda: launch_reverse_step(
+        state,
+        output,
+        output if options.get("guidance") else None,
+        others["x0"],
+        others["noise"],
+        torch.empty_like(state),
+        others["out_x0"],
+        others["out_lowp"],
+        torch.zeros(1, dtype=torch.int32) if options.get("nan_step") else None,
+        checks.layout_of(state),
+        seed,
+        None,
+        None,
+        1,
+        table.rows,
+        table.timesteps,
+        0 if steps is not None else row,
+        steps,
+        table.model_variance,
+        (-1.0, 1.0),
+        1.5,
+        None,
+    )
+
+
+def drawing(layout: str, dtype: str, seed: int = 5, index: int = 0, shape=None) -> Launch:
+    out = empty(shape or SHAPES[layout], layout, FLOATS[dtype])
+    return lambda: launch_randn(out, checks.layout_of(out), seed, None, None, 9, index, None)
+
+
+def noising(layout: str, x0: torch.dtype, out: str, t: int = 3, shape=None) -> Launch:
+    shape = shape or SHAPES[layout]
+    source, target = empty(shape, layout, x0), empty(shape, layout, FLOATS[out])
+    weights = SCHEDULE.forward_weights(source.device)
+    return lambda: launch_add_noise(
+        source, None, target, checks.layout_of(target), 5, None, None, 2 << 24, weights, t, None
+    )
+
+
+def cases() -> Iterator[tuple[str, str, Launch]]:
+    """Names, layouts and launches."""
+    for layout in SHAPES:
+        yield "randn float32", layout, drawing(layout, "float32")
+        yield "add_noise float32", layout, noising(layout, torch.float32, "float32")
+        yield "reverse_step float32", layout, step(layout)
+        yield (
+            "reverse_step float32 with learned variance",
+            layout,
+            step(layout, variance="learned_range"),
+        )
+    for layout in ("contiguous", "channels_last 3", "channels_last 4"):
+        yield "randn bfloat16", layout, drawing(layout, "bfloat16")
+        yield "reverse_step bfloat16", layout, step(layout, "bfloat16", "bfloat16")
+    layout = "contiguous"
+    yield "add_noise uint8 → float32", layout, noising(layout, torch.uint8, "float32")
+    yield "reverse_step float16", layout, step(layout, "float16", "float16")
+    yield (
+        "reverse_step float32, model bfloat16, with bfloat16 output",
+        layout,
+        step(layout, m="bfloat16", out_lowp="bfloat16"),
+    )
+    yield "reverse_step float32 with guidance", layout, step(layout, guidance=True)
+    yield (
+        "reverse_step float32 with everything",
+        layout,
+        step(
+            layout, variance="learned", row=torch.tensor(3), guidance=True, nan_step=True,
+            x0="float32", out_x0="float32", out_lowp="bfloat16",
+        ),
+    )  # fmt: skip
+
+
+def facts(name: str, layout: str, arch: str, launch: Launch) -> dict[str, Any]:
+    """What the assembly has of each instruction; on NVIDIA's GPUs the machine code, too."""
+    kernel, elements = compiled(launch, arch)
+    is_amd = arch.startswith("gfx")
+    assembly = kernel.asm["amdgcn" if is_amd else "ptx"]
+    found = {
+        "name": name,
+        "layout": layout,
+        "arch": arch,
+        "shared": kernel.metadata.shared,
+        "assembly": Counter(re.findall(r"^\s+(?:@\S+ )?([a-z][\w.]+)", assembly, re.M)),
+    }
+    if is_amd:
+        found["scratch"] = int(re.search(r"private_segment_fixed_size:?\s+(\d+)", assembly)[1])
+        return found
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        Path(cubin.name).write_bytes(kernel.asm["cubin"])
+        ((instructions),) = functions_of(Path(cubin.name)).values()
+        used = subprocess.run(
+            [find_tool("cuobjdump"), "-res-usage", cubin.name], capture_output=True, text=True
+        ).stdout
+    found["machine"] = Counter(line.split()[line.startswith("@")] for line in instructions)
+    found["per element"] = len(instructions) * 32 * kernel.metadata.num_warps / elements
+    for key in ("REG", "STACK", "LOCAL"):
+        found[key] = int(re.search(rf"\b{key}:(\d+)", used)[1])
+    return found
+
+
+if __name__ == "__main__":
+    json.dump(
+        [facts(*case[:2], arch, case[2]) for arch in sys.argv[1:] for case in cases()], sys.stdout
+    )
