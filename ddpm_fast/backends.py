@@ -303,7 +303,8 @@ def select(device: torch.device) -> str:
         pass
     elif name != "reference" and not (name == "cpu" == device.type and native is not None):
         require(name)
-        wanted = "CPU" if name == "cpu" or support.interpreted() else "CUDA"
+        on_host = name == "cpu" or (name == "triton" and support.interpreted())
+        wanted = "CPU" if on_host else "CUDA"
         raise RuntimeError(f"backend '{name}' takes {wanted} tensors; got one on {device}")
     return name
 

@@ -1,6 +1,7 @@
 """What Triton makes of the kernels for GPUs that are not here: compiled, not run.
 
-python tests/triton_compiler.py ARCH…    prints a JSON of every kernel for each of ARCHS
+python tests/triton_compiler.py ARCH      prints a JSON of every kernel for one of ARCHS
+python tests/triton_compiler.py launches  prints how many kernels launches that differ take
 
 A process of its own, because Triton either compiles or interprets.
 """
@@ -27,6 +28,8 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 from machine_code import find_tool, functions_of  # noqa: E402
 
 from ddpm_fast import NoiseSchedule  # noqa: E402
+from ddpm_fast.kernels import launch as launching  # noqa: E402
+from ddpm_fast.kernels import randn, reverse_step  # noqa: E402
 from ddpm_fast.kernels.add_noise import launch_add_noise  # noqa: E402
 from ddpm_fast.kernels.randn import launch_randn  # noqa: E402
 from ddpm_fast.kernels.reverse_step import launch_reverse_step  # noqa: E402
@@ -74,7 +77,10 @@ def compiled(launch: Launch, arch: str) -> tuple[Any, int]:
         found.append((run(self, *args, grid=grid, warmup=True, **kwargs), tiling.tile))
 
     run, JITFunction.run = JITFunction.run, compile_only
-    driver.set_active(Driver(arch))
+    gpu = Driver(arch)
+    driver.set_active(gpu)
+    launching.warp_size = lambda: gpu.target.warp_size
+    launching.cut.cache_clear()
     try:
         launch()
     finally:
@@ -170,6 +176,7 @@ def cases() -> Iterator[tuple[str, str, Launch]]:
         step(layout, m="bfloat16", out_lowp="bfloat16"),
     )
     yield "reverse_step float32 with guidance", layout, step(layout, guidance=True)
+    yield "reverse_step float32, looking for NaN", layout, step(layout, nan_step=True)
     yield (
         "reverse_step float32 with everything",
         layout,
@@ -208,7 +215,34 @@ def facts(name: str, layout: str, arch: str, launch: Launch) -> dict[str, Any]:
     return found
 
 
+def kernels_of(function: JITFunction, launches: list[Launch]) -> int:
+    """How many kernels of a function are compiled for some launches, one after the other."""
+    before = sum(len(cache[0]) for cache in function.device_caches.values())
+    for launch in launches:
+        compiled(launch, "90")
+    return sum(len(cache[0]) for cache in function.device_caches.values()) - before
+
+
+def counts() -> dict[str, int]:
+    """Of launches that differ in what is no reason to compile, and in what is one."""
+    step_kernel, randn_kernel = reverse_step.reverse_step_kernel, randn.randn_kernel
+    several = {
+        "batch sizes": [step(shape=(n, 3, 64, 64)) for n in (1, 2, 3, 16, 17, 256, 1000)],
+        "images": [step(shape=(2, c, s, s)) for c, s in ((3, 64), (4, 64), (3, 128), (1, 256))],
+        "seeds": [step(seed=seed) for seed in (0, 1, 16, 2**31, 2**40 + 1, -1, -(2**63))],
+        "rows": [step(row=row) for row in (0, 1, 2, 16, 17, 999)],
+    }
+    found = {name: kernels_of(step_kernel, launches) for name, launches in several.items()}
+    rows = [step(row=torch.tensor(3)), step(row=torch.tensor([3, 4]))]
+    found["rows on the device"] = kernels_of(step_kernel, rows)
+    found["another layout"] = kernels_of(step_kernel, [step("channels_last 3")])
+    found["another dtype"] = kernels_of(step_kernel, [step(x="bfloat16", m="bfloat16")])
+    draws = [drawing("contiguous", "float32", seed, index) for seed in (1, -3) for index in (0, 9)]
+    found["draws"] = kernels_of(randn_kernel, draws)
+    return found
+
+
 if __name__ == "__main__":
-    json.dump(
-        [facts(*case[:2], arch, case[2]) for arch in sys.argv[1:] for case in cases()], sys.stdout
-    )
+    what = sys.argv[1]
+    answer = counts() if what == "launches" else [facts(*c[:2], what, c[2]) for c in cases()]
+    json.dump(answer, sys.stdout)

@@ -1,0 +1,167 @@
+"""What Triton makes of its kernels for sm_80, sm_90 and gfx942, read without a GPU: vectors of 16
+bytes, roots that round correctly, no product contracted into an addition, no local memory; and
+how many kernels are compiled for launches that differ."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import machine_code
+import pytest
+
+from ddpm_fast.kernels import support
+
+NVIDIA, AMD = ["80", "90"], "gfx942"
+QUESTIONS = [*NVIDIA, AMD, "launches"]
+WHOLE = ["contiguous", "channels_last 3", "channels_last 4"]
+LOOKING_FOR_NAN = ["reverse_step float32, looking for NaN", "reverse_step float32 with everything"]
+# Of a thread of the kernels whose vectors are whole; 3 channels make 12.
+ELEMENTS = {"contiguous": 16, "channels_last 3": 12, "channels_last 4": 16}
+
+
+def ask(question: str) -> Any:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(machine_code.ROOT / "build" / "tests" / "triton")
+    run = subprocess.run(
+        [sys.executable, "tests/triton_compiler.py", question],
+        cwd=machine_code.ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-4000:]
+    return json.loads(run.stdout)
+
+
+@pytest.fixture(scope="module")
+def answers() -> dict[str, Any]:
+    if support.triton_problem():
+        pytest.skip(support.triton_problem())
+    if machine_code.find_tool("cuobjdump") is None:
+        pytest.skip("needs cuobjdump")
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(QUESTIONS, pool.map(ask, QUESTIONS), strict=True))
+
+
+@pytest.fixture
+def kernels(answers) -> list[dict[str, Any]]:
+    return [kernel for arch in (*NVIDIA, AMD) for kernel in answers[arch]]
+
+
+@pytest.fixture
+def nvidia(answers) -> list[dict[str, Any]]:
+    return [kernel for arch in NVIDIA for kernel in answers[arch]]
+
+
+def named(kernel: dict[str, Any]) -> str:
+    return f"{kernel['name']}, {kernel['layout']}, for {kernel['arch']}"
+
+
+def count(instructions: dict[str, int], pattern: str) -> int:
+    return sum(number for name, number in instructions.items() if re.fullmatch(pattern, name))
+
+
+def test_no_local_memory(kernels):
+    for kernel in kernels:
+        if kernel["arch"] == AMD:
+            assert kernel["scratch"] == 0, named(kernel)
+            assert count(kernel["assembly"], r"scratch_\w+") == 0, named(kernel)
+        else:
+            assert kernel["STACK"] == kernel["LOCAL"] == 0, named(kernel)
+            assert count(kernel["assembly"], r"(ld|st)\.local\S*") == 0, named(kernel)
+            assert count(kernel["machine"], r"(LDL|STL)\S*") == 0, named(kernel)
+
+
+def test_nothing_approximate(nvidia):
+    """The roots are those that round to nearest, one for two normals."""
+    for kernel in nvidia:
+        assert count(kernel["assembly"], r".*approx.*") == 0, named(kernel)
+        assert count(kernel["assembly"], r"(sin|cos|ex2|lg2|rcp|rsqrt|div)\.\S*f\d+") == 0
+        assert count(kernel["assembly"], r"sqrt\S*") == count(kernel["assembly"], r"sqrt\.rn\.f32")
+        if kernel["layout"] in WHOLE:
+            roots = count(kernel["assembly"], r"sqrt\.rn\.f32")
+            assert 2 * roots == ELEMENTS[kernel["layout"]], named(kernel)
+
+
+def test_nothing_is_contracted(answers, nvidia):
+    """On NVIDIA's GPUs every operation says that it rounds, which forbids it to the assembler. On
+    AMD's there are as many fused multiply-adds as on those, and five a root."""
+    for kernel in nvidia:
+        assert count(kernel["assembly"], r"(add|sub|mul|fma)(\.ftz)?\.f32") == 0, named(kernel)
+        assert count(kernel["assembly"], r"mad\.\S*f32") == 0, named(kernel)
+        assert count(kernel["assembly"], r"\S*\.f64") == 0, named(kernel)
+    fused = {
+        (kernel["name"], kernel["layout"]): count(kernel["assembly"], r"fma\.rn\.f32")
+        for kernel in answers["90"]
+    }
+    for kernel in answers[AMD]:
+        if kernel["layout"] in WHOLE:
+            found = count(kernel["assembly"], r"v_(fma|fmac|fmaak|fmamk|mad|mac)_f32\w*")
+            found += 2 * count(kernel["assembly"], r"v_pk_fma_f32\w*")
+            found -= 5 * count(kernel["assembly"], r"v_rsq_f32\w*")
+            assert found == fused[kernel["name"], kernel["layout"]], named(kernel)
+
+
+def test_vectors_of_16_bytes(kernels):
+    """All that has the width of x: 8 bytes where 3 channels have 16 bits, and beside a wider x."""
+    for kernel in kernels:
+        if kernel["layout"] not in WHOLE:
+            continue
+        code, name = kernel["assembly"], kernel["name"]
+        wide = r"buffer_store_dwordx4" if kernel["arch"] == AMD else r"st\.global\.v4\.b32"
+        narrow = r"buffer_store_dwordx2" if kernel["arch"] == AMD else r"st\.global\.v2\.b32"
+        stores = count(code, r"(buffer_store|st\.global)\S*")
+        beside = "bfloat16 output" in name or "everything" in name
+        if "float32" not in name and kernel["layout"] == "channels_last 3":
+            assert count(code, narrow) == stores > 0, named(kernel)
+        elif beside:
+            assert count(code, wide) + count(code, narrow) == stores, named(kernel)
+            assert count(code, wide) >= count(code, narrow) > 0, named(kernel)
+        else:
+            assert count(code, wide) == stores > 0, named(kernel)
+        if kernel["arch"] == AMD:
+            continue
+        loads = {"randn": 0, "add_noise": 1, "reverse_step": 2}[name.split()[0]]
+        size = 4 if "float32" in name else 2
+        vectors = ELEMENTS[kernel["layout"]] * size * loads // 16
+        if name in ("randn float32", "add_noise float32", "reverse_step float32"):
+            assert count(code, r"ld\.global\.v4\.b32") == vectors, named(kernel)
+            assert count(code, r"ld\.global\.(b16|b8|v2\S*)") == 0, named(kernel)
+
+
+def test_registers_are_renamed_and_nothing_moves(kernels):
+    """Between a tile's vectors and the tensors in which its noise is drawn lies no memory, and no
+    exchange among threads. Only what looks for NaN asks them all."""
+    for kernel in kernels:
+        if kernel["layout"] in WHOLE and kernel["name"] not in LOOKING_FOR_NAN:
+            assert kernel["shared"] == 0, named(kernel)
+            moved = count(kernel["assembly"], r"(shfl|ld\.shared|st\.shared|bar)\S*|ds_\w+")
+            assert moved == 0, named(kernel)
+
+
+def test_what_is_no_reason_to_compile(answers):
+    """One kernel serves every batch size, seed and row, and every image that is cut alike."""
+    assert answers["launches"] == {
+        "batch sizes": 1,
+        "images": 0,
+        "seeds": 1,  # of smaller images, which are cut otherwise
+        "rows": 0,
+        "rows on the device": 1,
+        "another layout": 1,
+        "another dtype": 1,
+        "draws": 1,
+    }
+
+
+def test_the_document_says_what_is_so(answers):
+    """The table in docs/triton.md, within what another version of the compiler changes."""
+    document = (machine_code.ROOT / "docs" / "triton.md").read_text()
+    table = re.findall(r"^\| (.*?) \| ([\d.]+) \| (\d+) \|$", document, re.M)
+    found = {k["name"]: k for k in answers["90"] if k["layout"] == "contiguous"}
+    assert [name for name, *_ in table] == list(found)
+    for name, instructions, registers in table:
+        assert found[name]["per element"] == pytest.approx(float(instructions), rel=0.06), name
+        assert found[name]["REG"] == pytest.approx(int(registers), rel=0.15), name
