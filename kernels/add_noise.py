@@ -17,7 +17,7 @@ from .tile import draw, field, load, of_sample, sample_of, store
         "seed", "draw_index", "num_steps", "t", "samples", "channels", "pixels", "lanes",
     ]
 )  # fmt: skip
-def add_noise_kernel(
+def add_noise_tile_kernel(
     x0_ptr,  # [samples, channels, pixels]
     noise_ptr,  # the same, or None: drawn here
     out_ptr,  # the same
@@ -76,7 +76,7 @@ def launch_add_noise(
         return
     vector = vector_of([x0, noise, out])
     tiling, lanes, num_warps = how = cut(channels, pixels, channels_last, vector)
-    add_noise_kernel[how.grid(samples)](
+    add_noise_tile_kernel[how.grid(samples)](
         x0,
         noise,
         out,

@@ -11,7 +11,7 @@ from .tile import draw, of_sample, sample_of, store
 
 
 @triton.jit(do_not_specialize=["seed", "stream", "index", "samples", "pixels", "lanes"])
-def randn_kernel(
+def randn_tile_kernel(
     out_ptr,  # [samples, channels, pixels]
     seed: tl.int64,
     seeds_ptr,  # int64 [samples] or None
@@ -51,7 +51,7 @@ def launch_randn(
     if samples * channels * pixels == 0:
         return
     tiling, lanes, num_warps = how = cut(channels, pixels, channels_last, vector_of([out]))
-    randn_kernel[how.grid(samples)](
+    randn_tile_kernel[how.grid(samples)](
         out,
         seed,
         seeds,

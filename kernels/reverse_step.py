@@ -23,7 +23,7 @@ from .tile import draw, field, holds, load, load_halves, of_sample, sample_of, s
         "channels", "pixels", "lanes",
     ]
 )  # fmt: skip
-def reverse_step_kernel(
+def reverse_step_tile_kernel(
     x_ptr,  # [samples, channels, pixels]
     model_output_ptr,  # the same, or with twice the channels where VARIANCE is not "none"
     model_output_uncond_ptr,  # like model_output, or None: no guidance
@@ -160,7 +160,7 @@ def launch_reverse_step(
         return
     vector = vector_of([x, model_output, x0, noise, out_x0, out_lowp])
     tiling, lanes, num_warps = how = cut(channels, pixels, channels_last, vector)
-    reverse_step_kernel[how.grid(samples)](
+    reverse_step_tile_kernel[how.grid(samples)](
         x,
         model_output,
         model_output_uncond,

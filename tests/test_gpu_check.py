@@ -78,6 +78,33 @@ print("torch" in sys.modules, "ddpm_fast" in sys.modules)
     assert run.stdout.split()[-2:] == ["False", "False"]
 
 
+def test_groups_of_tests(monkeypatch):
+    """Every test of the GPU is in one group and no more; the groups' outcomes are one."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import gpu_check
+
+    def names(*selection: str) -> list[str]:
+        collect = [sys.executable, "-m", "pytest", "tests/test_gpu.py", "--collect-only", "-q"]
+        run = subprocess.run([*collect, *selection], cwd=ROOT, capture_output=True, text=True)
+        return [line for line in run.stdout.splitlines() if "::" in line]
+
+    grouped = [name for group in gpu_check.GROUPS for name in names("-m", "gpu", "-k", group)]
+    assert sorted(grouped) == sorted(names("-m", "gpu"))
+    assert len(grouped) > 600
+
+    fine = {"ok": True, "output": "", "passed": 3, "failed": [], "skipped": ["why"]}
+    none = {**fine, "passed": 0}
+    bad = {**fine, "ok": False, "failed": ["test_x"], "output": "what was wrong"}
+    assert gpu_check.merged([fine, none]) == {
+        "ok": True, "passed": 3, "failed": [], "skipped": ["why"],
+    }  # fmt: skip
+    assert not gpu_check.merged([none, none])["ok"]
+    found = gpu_check.merged([fine, bad, {"ok": False, "output": "stopped"}])
+    assert not found["ok"]
+    assert found["failed"] == ["test_x"]
+    assert found["output"] == "what was wrong\nstopped"
+
+
 def test_what_takes_too_long_is_stopped_whole(monkeypatch):
     """The process that was started, and those that it has started."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))

@@ -13,7 +13,7 @@ from reverse_step_cases import SCHEDULE, SEED, VARIANCES, inputs, table_of
 from triton_on_host import lend_arithmetic, needs_interpreter
 
 import ddpm_fast
-from ddpm_fast import Sampler, add_noise, randn, reverse_step, use_backend
+from ddpm_fast import Sampler, add_noise, randn, reference, reverse_step, use_backend
 
 # Whole tiles and more than one, of each layout; ends within a tile; vectors of 4 and of 8.
 SHAPES = [*SHAPES, (2, 3, 12, 14), (1, 4, 20, 20), (2, 2, 10, 10), (1, 2052), (2, 1, 28, 28)]
@@ -173,6 +173,37 @@ def test_more_samples_than_a_grid_is_wide():
     assert cut.grid(65_535) == (1, 65_535, 1)
     assert cut.grid(65_536) == (1, 65_535, 2)
     assert cut.grid(2**31) == (1, 65_535, 32_769)
+
+
+@pytest.mark.parametrize("elements", [2**31 + 520, 2**31 + 517])
+def test_more_elements_than_32_bits_count(elements, monkeypatch):
+    """The last tile of a tensor of 4 GB, which is all of it that anyone touches."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    launch = import_module("ddpm_fast.kernels.launch")
+    cut = launch.cut(1, elements, False, 8)
+    last = cut.grid(1)[0] - 1
+    program_id = InterpreterBuilder.create_get_program_id
+
+    def of_the_last_tile(self, axis):
+        found = program_id(self, axis)
+        return TensorHandle(found.data + last, found.dtype) if axis == 0 else found
+
+    monkeypatch.setattr(InterpreterBuilder, "create_get_program_id", of_the_last_tile)
+    monkeypatch.setattr(launch.Cut, "grid", lambda self, samples: (1, samples, 1))
+    torch.use_deterministic_algorithms(False)  # NaN in all of it would take memory
+    first = last * cut.tiling.tile
+    blocks = torch.arange(first // 4, (elements + 3) // 4)
+    words = reference.noise_words(blocks, torch.tensor(0), torch.tensor(3), torch.tensor(0))
+    pairs = [*reference.box_muller(*words[:2]), *reference.box_muller(*words[2:])]
+    expected = torch.stack(pairs, 1).flatten()[: elements - first].bfloat16()
+
+    x = interpreted(randn, (1, elements), seed=3, dtype=torch.bfloat16)
+    assert torch.equal(x[0, first:], expected)
+    table, tail = table_of(num_steps=50), expected[None]
+    wanted = reverse_step(tail, tail, table, 49, seed=1)  # the last row draws nothing
+    interpreted(reverse_step, x, x, table, 49, seed=1, out=x)
+    assert torch.equal(x[:, first:], wanted)
 
 
 def test_alone_and_in_place():

@@ -225,7 +225,7 @@ def kernels_of(function: JITFunction, launches: list[Launch]) -> int:
 
 def counts() -> dict[str, int]:
     """Of launches that differ in what is no reason to compile, and in what is one."""
-    step_kernel, randn_kernel = reverse_step.reverse_step_kernel, randn.randn_kernel
+    step_kernel, randn_tile_kernel = reverse_step.reverse_step_tile_kernel, randn.randn_tile_kernel
     several = {
         "batch sizes": [step(shape=(n, 3, 64, 64)) for n in (1, 2, 3, 16, 17, 256, 1000)],
         "images": [step(shape=(2, c, s, s)) for c, s in ((3, 64), (4, 64), (3, 128), (1, 256))],
@@ -238,7 +238,7 @@ def counts() -> dict[str, int]:
     found["another layout"] = kernels_of(step_kernel, [step("channels_last 3")])
     found["another dtype"] = kernels_of(step_kernel, [step(x="bfloat16", m="bfloat16")])
     draws = [drawing("contiguous", "float32", seed, index) for seed in (1, -3) for index in (0, 9)]
-    found["draws"] = kernels_of(randn_kernel, draws)
+    found["draws"] = kernels_of(randn_tile_kernel, draws)
     return found
 
 
