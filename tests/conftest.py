@@ -12,7 +12,7 @@ from typing import Any
 import cuda_on_host
 import pytest
 import torch
-from fake_gpus import gpus  # noqa: F401
+from fake_gpus import entered, gpus  # noqa: F401
 from helpers import ISAS, no_gpu
 
 from ddpm_fast.backends import native

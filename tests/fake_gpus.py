@@ -47,7 +47,6 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
         monkeypatch.setattr(backends, "native", WithCuda(cuda))
         monkeypatch.setattr(support, "interpreted", lambda: interpreted)
         monkeypatch.setattr(torch.version, "cuda", "13.0")
-        monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
         for name, value in {
             "is_available": True,
             "device_count": 2,
@@ -69,3 +68,19 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
 
     yield install
     forget()
+
+
+@pytest.fixture
+def entered(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What torch.cuda.device is told: indices, and "left"."""
+    told: list[Any] = []
+
+    class Device(contextlib.AbstractContextManager):
+        def __init__(self, index: int) -> None:
+            told.append(index)
+
+        def __exit__(self, *_: object) -> None:
+            told.append("left")
+
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    return told

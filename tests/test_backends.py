@@ -210,22 +210,10 @@ def test_gpus_that_can_run_the_kernels(gpus):
             select(torch.device("cpu"))
 
 
-def test_a_kernel_gets_its_device_and_its_stream(gpus, monkeypatch):
+def test_a_kernel_gets_its_device_and_its_stream(gpus, entered):
     """On a GPU that is not the current one it is made that for the launch."""
-    cuda, entered = FakeCuda(), []
+    cuda = FakeCuda()
     gpus(cuda)
-
-    class Device:
-        def __init__(self, index):
-            self.index = index
-
-        def __enter__(self):
-            entered.append(self.index)
-
-        def __exit__(self, *_):
-            entered.append("left")
-
-    monkeypatch.setattr(torch.cuda, "device", Device)
     for index in (0, 1):
         run, where = kernel_of("randn", "cuda", torch.device("cuda", index))
         run("arguments", *where)

@@ -244,12 +244,11 @@ def test_sampler():
 
 
 def test_the_interpreter_as_it_is(own_arithmetic):
-    """It rounds twice where a GPU rounds once."""
+    """Until Triton 3.9 it rounds twice where a GPU rounds once."""
     table = table_of(num_steps=50)
     x, m, _ = inputs((2, 3, 12, 14), torch.float32, table)
     expected = reverse_step(x, m, table, 7, seed=1)
     found = interpreted(reverse_step, x, m, table, 7, seed=1)
-    assert not torch.equal(found, expected)
     assert (found - expected).abs().max() < 2e-6
     assert (interpreted(randn, (1, 4096), seed=1) - randn((1, 4096), seed=1)).abs().max() < 1e-6
 
