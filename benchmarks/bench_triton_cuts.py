@@ -40,6 +40,8 @@ def cut_into(threads: int, elements: int) -> Iterator[None]:
 def bench_cuts(compare, large_size, dtype, device):
     if device.type != "cuda" or not backends()["triton"].available:
         pytest.skip("of Triton on GPUs; run with --device cuda")
+    from ddpm_fast.kernels.launch import warp_size
+
     x, eps = (randn(large_size, seed=i, device=device, dtype=dtype) for i in (1, 2))
     table, out = TABLE.to(device), torch.empty_like(x)
 
@@ -51,7 +53,7 @@ def bench_cuts(compare, large_size, dtype, device):
         with cut_into(threads, elements):
             return step()
 
-    cuts = list(itertools.product(THREADS, ELEMENTS))
+    cuts = [cut for cut in itertools.product(THREADS, ELEMENTS) if cut[0] >= warp_size()]
     candidates = {OURS: step}
     for threads, elements in cuts:
         name = f"{threads} threads of {elements}"

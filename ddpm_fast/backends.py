@@ -115,7 +115,7 @@ def _triton_status() -> BackendStatus:
     problem = _triton_problem()
     if not problem:
         return _gpu_status("triton", triton_device_problem, f"Triton {support.triton_version()}")
-    if support.interpreted() and not torch.cuda.is_available():
+    if _interprets_on_the_host():
         how = "interpreted on the host, slowly, as TRITON_INTERPRET says: CPU tensors only"
         return BackendStatus("triton", True, f"Triton {support.triton_version()}, {how}")
     return BackendStatus("triton", False, problem)
@@ -232,6 +232,11 @@ def _triton_problem() -> str:
     return support.gpu_problem(torch_problem())
 
 
+def _interprets_on_the_host() -> bool:
+    """Whether Triton's interpreter is meant; beside a GPU it is an accident."""
+    return support.interpreted() and not torch.cuda.is_available()
+
+
 def triton_device_problem(index: int) -> str:
     """Why the Triton kernels do not run on GPU ``index``; "" if they do."""
     return _triton_problem() or support.device_problem(index)
@@ -299,11 +304,11 @@ def select(device: torch.device) -> str:
             raise RuntimeError(
                 f"backend '{name}' cannot run on {device}: {problem}; {_USE_REFERENCE}"
             )
-    elif name == "triton" and device.type == "cpu" and support.interpreted():
+    elif name == "triton" and device.type == "cpu" and _interprets_on_the_host():
         pass
     elif name != "reference" and not (name == "cpu" == device.type and native is not None):
         require(name)
-        on_host = name == "cpu" or (name == "triton" and support.interpreted())
+        on_host = name == "cpu" or (name == "triton" and _interprets_on_the_host())
         wanted = "CPU" if on_host else "CUDA"
         raise RuntimeError(f"backend '{name}' takes {wanted} tensors; got one on {device}")
     return name

@@ -15,7 +15,8 @@ from .tile import draw, field, load, of_sample, sample_of, store
 @triton.jit(
     do_not_specialize=[
         "seed", "draw_index", "num_steps", "t", "samples", "channels", "pixels", "lanes",
-    ]
+    ],
+    do_not_specialize_on_alignment=["seeds_ptr", "sample_ids_ptr", "weights_ptr", "ts_ptr"],
 )  # fmt: skip
 def add_noise_tile_kernel(
     x0_ptr,  # [samples, channels, pixels]

@@ -67,7 +67,7 @@ def cut(channels: int, pixels: int, channels_last: bool, vector: int, warp: int 
         interleaved, of_lane, vector = 0, 4, 4
     else:
         # 8 pixels of 3 channels would take 150 registers a thread and more.
-        if count % 8 or interleaved == 3:
+        if interleaved == 3 or (interleaved == 1 and count % 8):
             vector = 4
         of_lane = 4 if interleaved > 1 else vector
     lane = of_lane * max(interleaved, 1)

@@ -10,7 +10,10 @@ from .launch import OPTIONS, SAMPLES_Y, cut, vector_of
 from .tile import draw, of_sample, sample_of, store
 
 
-@triton.jit(do_not_specialize=["seed", "stream", "index", "samples", "pixels", "lanes"])
+@triton.jit(
+    do_not_specialize=["seed", "stream", "index", "samples", "channels", "pixels", "lanes"],
+    do_not_specialize_on_alignment=["seeds_ptr", "sample_ids_ptr", "indices_ptr"],
+)
 def randn_tile_kernel(
     out_ptr,  # [samples, channels, pixels]
     seed: tl.int64,

@@ -21,7 +21,11 @@ from .tile import draw, field, holds, load, load_halves, of_sample, sample_of, s
     do_not_specialize=[
         "seed", "stream", "num_rows", "step", "steps_stride", "guidance_scales_stride", "samples",
         "channels", "pixels", "lanes",
-    ]
+    ],
+    do_not_specialize_on_alignment=[
+        "nan_step_ptr", "seeds_ptr", "sample_ids_ptr", "rows_ptr", "timesteps_ptr", "steps_ptr",
+        "guidance_scales_ptr",
+    ],
 )  # fmt: skip
 def reverse_step_tile_kernel(
     x_ptr,  # [samples, channels, pixels]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import re
 
 import torch
 
+OPS = ("randn", "add_noise", "reverse_step")
 OLDEST = (3, 5)  # which has all that the kernels ask of the language
-_INSTALL = "pip install 'ddpm_fast[triton]'"
+_BRINGS = "torch's builds for GPUs bring it from torch 2.9 on"
 
 
 @functools.cache
@@ -18,13 +20,13 @@ def triton_problem() -> str:
         import triton
     except ModuleNotFoundError as error:
         if error.name == "triton":
-            return f"Triton is not installed; {_INSTALL}"
+            return f"Triton is not installed; {_BRINGS}"
         return f"Triton failed to load: {error}"
     except (ImportError, OSError, RuntimeError) as error:
         return f"Triton failed to load: {error}"
     if version_of(triton.__version__) < OLDEST:
         oldest = ".".join(map(str, OLDEST))
-        return f"Triton {triton.__version__} is too old: the kernels need {oldest}; {_INSTALL}"
+        return f"Triton {triton.__version__} is too old: the kernels need {oldest}; {_BRINGS}"
     return ""
 
 
@@ -42,12 +44,19 @@ def triton_version() -> str:
 
 @functools.cache
 def interpreted() -> bool:
-    """Whether Triton interprets kernels on the host and compiles none (TRITON_INTERPRET)."""
+    """Whether Triton interprets the kernels on the host and compiles none of them.
+
+    TRITON_INTERPRET decides when a kernel's module is imported: all are, here, so that it cannot
+    change afterwards.
+    """
     if triton_problem():
         return False
-    from triton import knobs
+    from triton.runtime.jit import JITFunction
 
-    return bool(knobs.runtime.interpret)
+    kernels = [
+        getattr(importlib.import_module(f".{op}", __package__), f"{op}_tile_kernel") for op in OPS
+    ]
+    return not all(isinstance(kernel, JITFunction) for kernel in kernels)
 
 
 @functools.cache
@@ -80,5 +89,5 @@ def device_problem(index: int) -> str:
     try:  # loads the driver's part, which Triton compiles with the machine's C compiler
         driver.active.get_current_target()
     except Exception as error:
-        return f"Triton does not run on cuda:{index}, {name}: {error}"
+        return f"Triton finds no driver for {name}: {error}"
     return ""

@@ -23,7 +23,7 @@ from .noise import normals
 
 @dataclass(frozen=True)
 class Tiling:
-    """What of it is known when a kernel is compiled; launch.tiling_of() chooses."""
+    """What of it is known when a kernel is compiled; launch.cut() chooses."""
 
     channels: int
     pixels: int

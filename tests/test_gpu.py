@@ -196,6 +196,29 @@ def test_reverse_step(dtypes, layout, variance, on):
         same(without_x0, reverse_step(x, m, table, steps, seed=SEED))
 
 
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("shape", [(2, 3, 12, 14), (2, 3, 5, 7)], ids=str)
+def test_noise_that_is_given(shape, layout, on):
+    """In a row whose sigma is 0 it does not matter, NaN or not."""
+    table = table_of("epsilon", "learned_range", num_steps=50)
+    x, m, _ = (laid_out(t, layout) for t in inputs(shape, torch.float32, table))
+    noise, steps = laid_out(randn(shape, seed=3), layout), torch.tensor([7, 49])
+    noise[1] = torch.nan
+    for dtype in (torch.float32, torch.bfloat16):
+        given = noise.to(dtype)
+        expected = reverse_step(x, m, table, steps, seed=1, noise=given)
+        found = on.reverse_step(x.cuda(), m.cuda(), table, steps.cuda(), seed=1, noise=given.cuda())
+        same(found, expected)
+
+
+def test_more_samples_than_a_grid_is_wide(on):
+    x = randn((70_001, 3), seed=1)
+    same(on.randn(x.shape, seed=1, device="cuda"), x)
+    table, steps = table_of(num_steps=50), torch.arange(len(x)) % 50
+    expected = reverse_step(x, x, table, steps, seed=1)
+    same(on.reverse_step(x.cuda(), x.cuda(), table, steps.cuda(), seed=1), expected)
+
+
 @pytest.mark.sanitize
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("shape", [(2, 3, 12, 14), (2, 3, 24, 25), (2, 4, 16, 20)], ids=str)
@@ -248,14 +271,15 @@ def test_nan_and_rows_out_of_range(on):
         assert torch.equal(out, on.reverse_step(x, m, table, inside, seed=1))
 
 
-def test_a_captured_step_serves_every_step(on):
+@pytest.mark.parametrize("counted", [(), (4,)], ids=["one row", "a row a sample"])
+def test_a_captured_step_serves_every_step(counted, on):
     """One graph of a step and its counter; inputs, seeds and scales change between replays."""
     table = table_of(num_steps=20).to("cuda")
     shape = (4, 3, 32, 32)
     x, m, uncond = (torch.zeros(shape, device="cuda") for _ in range(3))
-    counter = torch.zeros((), dtype=torch.int64, device="cuda")
+    counter = torch.zeros(counted, dtype=torch.int64, device="cuda")
     seeds, ids = (torch.zeros(4, dtype=torch.int64, device="cuda") for _ in range(2))
-    scale = torch.ones((), device="cuda")
+    scale = torch.ones(counted, device="cuda")
 
     def step():
         on.reverse_step(x, m, table, counter, seed=seeds, sample_ids=ids, out=x,
@@ -300,7 +324,7 @@ def test_the_current_stream_is_used(on):
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         on.reverse_step(target, m, table, 7, seed=1)  # loads the kernel, and leaves memory for it
-        torch.cuda._sleep(100_000_000)
+        torch.cuda._sleep(1_000_000_000)
         target.copy_(source)
         out = on.reverse_step(target, m, table, 7, seed=1)
         assert not side.query()  # the host has come here first

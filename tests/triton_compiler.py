@@ -9,6 +9,7 @@ A process of its own, because Triton either compiles or interprets.
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -28,8 +29,8 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 from machine_code import find_tool, functions_of  # noqa: E402
 
 from ddpm_fast import NoiseSchedule  # noqa: E402
+from ddpm_fast.kernels import add_noise, randn, reverse_step  # noqa: E402
 from ddpm_fast.kernels import launch as launching  # noqa: E402
-from ddpm_fast.kernels import randn, reverse_step  # noqa: E402
 from ddpm_fast.kernels.add_noise import launch_add_noise  # noqa: E402
 from ddpm_fast.kernels.randn import launch_randn  # noqa: E402
 from ddpm_fast.kernels.reverse_step import launch_reverse_step  # noqa: E402
@@ -102,7 +103,8 @@ def step(
     seed: int = 5,
     **options: Any,
 ) -> Launch:
-    """A reverse step: options are names of further tensors and their dtypes."""
+    """A reverse step. Options: further tensors of its size, as dtypes; guidance, nan_step; ids,
+    clip, scale, scales."""
     table = SCHEDULE.step_table(prediction="epsilon", variance=variance)
     shape = shape or SHAPES[layout]
     doubled = (shape[0], shape[1] * (1 + (table.model_variance != "none")), *shape[2:])
@@ -126,16 +128,16 @@ def step(
         checks.layout_of(state),
         seed,
         None,
-        None,
+        options.get("ids"),
         1,
         table.rows,
         table.timesteps,
         0 if steps is not None else row,
         steps,
         table.model_variance,
-        (-1.0, 1.0),
-        1.5,
-        None,
+        options.get("clip", (-1.0, 1.0)),
+        options.get("scale", 1.5),
+        options.get("scales"),
     )
 
 
@@ -144,12 +146,11 @@ def drawing(layout: str, dtype: str, seed: int = 5, index: int = 0, shape=None) 
     return lambda: launch_randn(out, checks.layout_of(out), seed, None, None, 9, index, None)
 
 
-def noising(layout: str, x0: torch.dtype, out: str, t: int = 3, shape=None) -> Launch:
-    shape = shape or SHAPES[layout]
-    source, target = empty(shape, layout, x0), empty(shape, layout, FLOATS[out])
+def noising(layout: str, x0: torch.dtype, out: str, t: int = 3, ts=None) -> Launch:
+    source, target = (empty(SHAPES[layout], layout, dtype) for dtype in (x0, FLOATS[out]))
     weights = SCHEDULE.forward_weights(source.device)
     return lambda: launch_add_noise(
-        source, None, target, checks.layout_of(target), 5, None, None, 2 << 24, weights, t, None
+        source, None, target, checks.layout_of(target), 5, None, None, 2 << 24, weights, t, ts
     )
 
 
@@ -170,6 +171,14 @@ def cases() -> Iterator[tuple[str, str, Launch]]:
     layout = "contiguous"
     yield "add_noise uint8 → float32", layout, noising(layout, torch.uint8, "float32")
     yield "reverse_step float16", layout, step(layout, "float16", "float16")
+    for layout in ("contiguous", "channels_last 4"):
+        yield (
+            "reverse_step bfloat16 with learned variance",
+            layout,
+            step(layout, "bfloat16", "bfloat16", "learned"),
+        )
+    layout = "contiguous"
+    yield "reverse_step float32, noise given", layout, step(layout, noise="float32")
     yield (
         "reverse_step float32, model bfloat16, with bfloat16 output",
         layout,
@@ -225,20 +234,46 @@ def kernels_of(function: JITFunction, launches: list[Launch]) -> int:
 
 def counts() -> dict[str, int]:
     """Of launches that differ in what is no reason to compile, and in what is one."""
-    step_kernel, randn_tile_kernel = reverse_step.reverse_step_tile_kernel, randn.randn_tile_kernel
+    stepping, drawing_, noising_ = (
+        reverse_step.reverse_step_tile_kernel,
+        randn.randn_tile_kernel,
+        add_noise.add_noise_tile_kernel,
+    )
+    images = [(2, 3, 64, 64), (2, 4, 64, 64), (2, 3, 128, 128), (2, 1, 256, 256), (1, 16, 64, 64)]
+    odd = [(n, c, 7, 7) for n in (1, 16) for c in (5, 16, 31)]
+    numbers = torch.arange(16)  # of which every other is aligned to 16 bytes
     several = {
         "batch sizes": [step(shape=(n, 3, 64, 64)) for n in (1, 2, 3, 16, 17, 256, 1000)],
-        "images": [step(shape=(2, c, s, s)) for c, s in ((3, 64), (4, 64), (3, 128), (1, 256))],
+        "images": [step(shape=shape) for shape in images],
         "seeds": [step(seed=seed) for seed in (0, 1, 16, 2**31, 2**40 + 1, -1, -(2**63))],
         "rows": [step(row=row) for row in (0, 1, 2, 16, 17, 999)],
+        "rows on the device": [step(row=numbers[i]) for i in range(4)]
+        + [step(row=numbers[i : i + 2]) for i in range(4)],
+        "clips and scales": [
+            step(guidance=True, clip=clip, scale=scale)
+            for clip, scale in (((-1.0, 1.0), 0.0), ((0.0, 1.0), 1.0), ((-16.0, math.inf), 16.0))
+        ],
+        "scales on the device": [
+            step(guidance=True, scales=numbers.float()[i : i + 2]) for i in range(4)
+        ],
+        "ids on the device": [step(ids=numbers[i : i + 2]) for i in range(4)],
+        "odd images": [step("channels_last odd", shape=shape) for shape in odd],
+        "another layout": [step("channels_last 3")],
+        "another dtype": [step(x="bfloat16", m="bfloat16")],
     }
-    found = {name: kernels_of(step_kernel, launches) for name, launches in several.items()}
-    rows = [step(row=torch.tensor(3)), step(row=torch.tensor([3, 4]))]
-    found["rows on the device"] = kernels_of(step_kernel, rows)
-    found["another layout"] = kernels_of(step_kernel, [step("channels_last 3")])
-    found["another dtype"] = kernels_of(step_kernel, [step(x="bfloat16", m="bfloat16")])
+    found = {name: kernels_of(stepping, launches) for name, launches in several.items()}
     draws = [drawing("contiguous", "float32", seed, index) for seed in (1, -3) for index in (0, 9)]
-    found["draws"] = kernels_of(randn_tile_kernel, draws)
+    draws += [drawing("contiguous", "float32", shape=(n, c, 32, 32)) for n, c in ((1, 3), (16, 3))]
+    found["draws"] = kernels_of(drawing_, draws)
+    draws = [drawing("contiguous", "float32", shape=shape) for shape in images]
+    found["draws of images"] = kernels_of(drawing_, draws)
+    draws = [drawing("channels_last odd", "float32", shape=shape) for shape in odd]
+    found["draws of odd images"] = kernels_of(drawing_, draws)
+    plain = torch.float32
+    added = [noising("contiguous", plain, "float32", t) for t in (0, 1, 16, 999)]
+    found["timesteps"] = kernels_of(noising_, added)
+    added = [noising("contiguous", plain, "float32", ts=numbers[i : i + 2]) for i in range(4)]
+    found["timesteps on the device"] = kernels_of(noising_, added)
     return found
 
 
