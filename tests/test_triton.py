@@ -22,7 +22,7 @@ SHAPES += [
     (2, 3, 12, 14),
     (1, 4, 20, 20),
     (2, 2, 10, 10),
-    (1, 2052),
+    (2, 2052),
     (2, 1, 28, 28),
 ]
 
@@ -155,6 +155,20 @@ def test_nan_is_passed_and_told(shape, layout):
     for result, wanted in zip(found, expected, strict=True):
         assert torch.equal(result.nan_to_num(99), wanted.nan_to_num(99))
     assert found[3].item() == 7
+
+
+@pytest.mark.parametrize("variance", ["learned", "learned_range"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_a_variance_that_nobody_asks_for_may_be_nan(layout, variance):
+    """In the last row, whose sigma is 0, and where the method ignores it."""
+    for table in (
+        table_of("epsilon", variance, num_steps=50),
+        table_of("epsilon", variance, num_steps=50, method="ddim"),
+    ):
+        x, m, _ = (laid_out(t, layout) for t in inputs((2, 3, 4, 4), torch.float32, table))
+        m[:, 3:] = torch.nan
+        for found, expected in zip(*step_both(x, m, table, 49, seed=1), strict=True):
+            same(found, expected)
 
 
 def test_rows_and_timesteps_out_of_range(monkeypatch):
