@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .schedule import ModelVariance, NoiseSchedule
+from .schedule import ModelVariance, NoiseSchedule, Prediction, Variance
 
 Cdf = Literal["exact", "tanh"]
 
@@ -254,6 +254,16 @@ def eps_from_v(x_t: Tensor, v: Tensor, t: Tensor, schedule: NoiseSchedule) -> Te
     return sigma * x_t + at(schedule.sqrt_alphas_cumprod, t, v) * v
 
 
+def x0_from_output(
+    x_t: Tensor, m: Tensor, t: Tensor, schedule: NoiseSchedule, prediction: Prediction
+) -> Tensor:
+    """x̂₀ of what a model predicts: ε, x_0 or v."""
+    if prediction == "sample":
+        return m
+    convert = x0_from_eps if prediction == "epsilon" else x0_from_v
+    return convert(x_t, m, t, schedule)
+
+
 # Reverse process ---------------------------------------------------------------------------
 
 
@@ -333,6 +343,87 @@ def _half(like: Tensor) -> Tensor:
 # The bound and the objective ----------------------------------------------------------------
 
 
+def p_mean_log_variance(
+    x_t: Tensor,
+    model_output: Tensor,
+    t: Tensor,
+    schedule: NoiseSchedule,
+    *,
+    prediction: Prediction = "epsilon",
+    variance: Variance = "fixed_small",
+    clip: tuple[float, float] = (-math.inf, math.inf),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and log-variance of p_θ(x_{t-1} | x_t), and the clipped x̂₀ [Ho, eq. 11; ND, eq. 15].
+
+    Args:
+        x_t: [N, C, …].
+        model_output: [N, C, …], or [N, 2C, …] with a variance that is learned.
+        t: int64 [N].
+        prediction: what the (first half of the) model's output is.
+        variance: "fixed_small" β̃ or "fixed_large" β, at t = 0 both β̃ of t = 1; "learned" log σ²,
+            "learned_range" a point in [-1, 1] between log β̃ and log β.
+        clip: bounds of x̂₀.
+    """
+    m, log_variance = model_output, at(schedule.posterior_log_variance_clipped, t, x_t)
+    if variance in ("learned", "learned_range"):
+        m, v = model_output.chunk(2, 1)
+        fraction = fma(v, _half(v), _half(v))
+        log_beta = at(schedule.betas.log(), t, x_t)
+        between = fma(fraction, log_beta - log_variance, log_variance)
+        log_variance = v if variance == "learned" else between
+    else:
+        if variance == "fixed_large":
+            log_beta = schedule.betas.log()
+            log_beta[0] = schedule.posterior_log_variance_clipped[0]
+            log_variance = at(log_beta, t, x_t)
+        log_variance = log_variance.expand_as(m)
+    x0 = x0_from_output(x_t, m, t, schedule, prediction)
+    x0_hat = clip_x0(x0, clip)
+    return q_posterior(x0_hat, x_t, t, schedule)[0], log_variance, x0_hat
+
+
+def vlb_terms(
+    x0: Tensor,
+    x_t: Tensor,
+    model_output: Tensor,
+    t: Tensor,
+    schedule: NoiseSchedule,
+    *,
+    prediction: Prediction = "epsilon",
+    variance: Variance = "fixed_small",
+    clip: tuple[float, float] = (-math.inf, math.inf),
+    cdf: Cdf = "exact",
+) -> Tensor:
+    """Each sample's term of the bound in bits/dim, [N]: KL(q(x_{t-1} | x_t, x_0) ‖ p_θ), and at
+    t = 0 the decoder's −log p_θ(x_0 | x_1) [Ho, eqs. 5 and 13].
+
+    Args:
+        x0: [N, C, …] pixels in [-1, 1].
+        x_t: of the same shape, drawn from q(x_t | x_0).
+        model_output, t, schedule, prediction, variance, clip: as for :func:`p_mean_log_variance`.
+        cdf: as for :func:`decoder_nll`.
+    """
+    mean, log_variance, _ = p_mean_log_variance(
+        x_t, model_output, t, schedule, prediction=prediction, variance=variance, clip=clip
+    )
+    true_mean, _, true_log_variance = q_posterior(x0, x_t, t, schedule)
+    kl = normal_kl(true_mean, true_log_variance, mean, log_variance)
+    nll = decoder_nll(x0, mean, 0.5 * log_variance, cdf)
+    return _bits_per_dim(torch.where(t.reshape(-1, *[1] * (x0.ndim - 1)) == 0, nll, kl))
+
+
+def prior_kl(x0: Tensor, schedule: NoiseSchedule) -> Tensor:
+    """KL(q(x_T | x_0) ‖ N(0, 1)) of each sample in bits/dim, [N] [Ho, eq. 5's first term]."""
+    last = torch.full(x0.shape[:1], len(schedule) - 1, device=x0.device)
+    mean, _, log_variance = q_mean_variance(x0, last, schedule)
+    standard = torch.zeros((), dtype=x0.dtype, device=x0.device)
+    return _bits_per_dim(normal_kl(mean, log_variance, standard, standard))
+
+
+def _bits_per_dim(nats: Tensor) -> Tensor:
+    return nats.flatten(1).mean(1) / math.log(2)
+
+
 def normal_kl(mean1: Tensor, logvar1: Tensor, mean2: Tensor, logvar2: Tensor) -> Tensor:
     """KL(N(mean1, e^logvar1) ‖ N(mean2, e^logvar2)) in nats, elementwise [Ho, eq. 5's terms]."""
     ratio = logvar1 - logvar2
@@ -379,6 +470,15 @@ def _normal_cdf(x: Tensor) -> Tensor:
 
 def _tanh_cdf(x: Tensor) -> Tensor:
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def denoising_target(
+    x0: Tensor, eps: Tensor, t: Tensor, schedule: NoiseSchedule, prediction: Prediction
+) -> Tensor:
+    """What a model of x_t = √ᾱ x_0 + √(1−ᾱ) ε is trained to say: ε, x_0 or v [Ho, eq. 14; SH]."""
+    if prediction == "sample":
+        return x0
+    return eps if prediction == "epsilon" else v_from_x0_eps(x0, eps, t, schedule)
 
 
 def eps_regression(eps: Tensor, predicted: Tensor) -> Tensor:
