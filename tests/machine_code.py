@@ -146,9 +146,9 @@ def known_archs() -> list[str]:
 
 
 @functools.cache
-def all_kernels() -> list[Machine]:
-    """Every kernel for every architecture that this nvcc knows."""
-    jobs = [(op, arch) for op in OPS for arch in known_archs()]
+def all_kernels(archs: tuple[str, ...] = tuple(ARCHS)) -> list[Machine]:
+    """Every kernel for those of the architectures that this nvcc knows."""
+    jobs = [(op, arch) for op in OPS for arch in known_archs() if arch in archs]
     run: Callable[[tuple[str, str]], list[Machine]] = lambda job: kernels_of(*job)  # noqa: E731
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return [kernel for found in pool.map(run, jobs) for kernel in found]

@@ -8,13 +8,14 @@ from importlib import import_module
 
 import pytest
 import torch
-from helpers import DTYPES, FROZEN_HASH, LAYOUTS, SHAPES, frozen_block, laid_out, sha256
+from helpers import DTYPES, FROZEN_HASH, SHAPES, frozen_block, laid_out, sha256
 from reverse_step_cases import SCHEDULE, SEED, VARIANCES, inputs, table_of
 from triton_on_host import lend_arithmetic, needs_interpreter
 
 import ddpm_fast
 from ddpm_fast import Sampler, add_noise, randn, reference, reverse_step, use_backend
 
+LAYOUTS = ["contiguous", "channels_last"]  # other strides are copied before any kernel sees them
 # Whole tiles and more than one, of each layout; ends within a tile; vectors of 4 and of 8.
 SHAPES = [shape for shape in SHAPES if shape not in ((3, 4, 16, 16), (2, 5, 67, 41))]
 SHAPES += [
@@ -123,7 +124,7 @@ CASES = [(*pair, VARIANCES[i % 4]) for i, pair in enumerate(itertools.product(DT
 CASES += [(torch.float32, torch.float32, "learned"), (torch.bfloat16, torch.bfloat16, "learned")]
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_reverse_step_variants(case, layout):
     """Guidance, x0 and noise that are given, one row for all on the device, no clip."""
@@ -146,7 +147,7 @@ def test_reverse_step_variants(case, layout):
 
 
 @pytest.mark.parametrize("shape", [(3, 3, 16, 16), (3, 3, 5, 5)], ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_nan_is_passed_and_told(shape, layout):
     table = table_of(num_steps=50)
     x, m, _ = (laid_out(tensor, layout) for tensor in inputs(shape, torch.float32, table))
@@ -158,7 +159,7 @@ def test_nan_is_passed_and_told(shape, layout):
 
 
 @pytest.mark.parametrize("variance", ["learned", "learned_range"])
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_variance_that_nobody_asks_for_may_be_nan(layout, variance):
     """In the last row, whose sigma is 0, and where the method ignores it."""
     for table in (
