@@ -17,6 +17,10 @@ inline NoiseSource noise_source(int64_t seed, uintptr_t seeds, uintptr_t sample_
   return {static_cast<uint64_t>(seed), pointer<int64_t>(seeds), pointer<int64_t>(sample_ids)};
 }
 
+inline DrawSource draw_source(uint32_t stream, int64_t index, uintptr_t indices) {
+  return {stream, index, pointer<int64_t>(indices)};
+}
+
 inline RandnParams randn_params(uintptr_t out, int dtype, int64_t samples, int64_t channels,
                                 int64_t pixels, bool channels_last, int64_t seed, uintptr_t seeds,
                                 uintptr_t sample_ids, uint32_t stream, int64_t index,
@@ -26,9 +30,7 @@ inline RandnParams randn_params(uintptr_t out, int dtype, int64_t samples, int64
   p.dtype = static_cast<DType>(dtype);
   p.shape = {samples, channels, pixels, channels_last};
   p.source = noise_source(seed, seeds, sample_ids);
-  p.stream = stream;
-  p.index = index;
-  p.indices = pointer<int64_t>(indices);
+  p.draw = draw_source(stream, index, indices);
   return p;
 }
 
@@ -36,8 +38,9 @@ inline AddNoiseParams add_noise_params(uintptr_t x0, int x0_dtype, uintptr_t noi
                                        uintptr_t out, int out_dtype, int64_t samples,
                                        int64_t channels, int64_t pixels, bool channels_last,
                                        int64_t seed, uintptr_t seeds, uintptr_t sample_ids,
-                                       int64_t index, uintptr_t weights, int64_t num_steps,
-                                       int64_t t, uintptr_t ts) {
+                                       uint32_t stream, int64_t index, uintptr_t indices,
+                                       uintptr_t weights, int64_t num_steps, int64_t t,
+                                       uintptr_t ts) {
   AddNoiseParams p{};
   p.x0 = pointer(x0);
   p.x0_dtype = static_cast<DType>(x0_dtype);
@@ -47,7 +50,7 @@ inline AddNoiseParams add_noise_params(uintptr_t x0, int x0_dtype, uintptr_t noi
   p.out_dtype = static_cast<DType>(out_dtype);
   p.shape = {samples, channels, pixels, channels_last};
   p.source = noise_source(seed, seeds, sample_ids);
-  p.index = index;
+  p.draw = draw_source(stream, index, indices);
   p.weights = pointer<float>(weights);
   p.num_steps = num_steps;
   p.t = t;

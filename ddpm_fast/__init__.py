@@ -3,7 +3,7 @@
 from . import reference
 from .backends import backends, use_backend
 from .nn import UNet, UNetConfig
-from .ops import add_noise, randn, reverse_step
+from .ops import add_noise, denoising_loss, hybrid_loss, randn, reverse_step, vlb_terms
 from .sampler import Sampler, SampleStep
 from .schedule import NoiseSchedule, StepTable
 
@@ -18,8 +18,11 @@ __all__ = [
     "UNetConfig",
     "add_noise",
     "backends",
+    "denoising_loss",
+    "hybrid_loss",
     "randn",
     "reference",
     "reverse_step",
     "use_backend",
+    "vlb_terms",
 ]

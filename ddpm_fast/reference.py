@@ -464,6 +464,37 @@ def decoder_nll(x0: Tensor, mean: Tensor, log_std: Tensor, cdf: Cdf = "exact") -
     return -probability.clamp(min=1e-12).log()
 
 
+def decoder_nll_gradient(
+    x0: Tensor, mean: Tensor, log_std: Tensor, cdf: Cdf = "exact"
+) -> tuple[Tensor, Tensor]:
+    """:func:`decoder_nll` by the mean and by log_std; 0 where the probability is clamped.
+
+    With z± = (x_0 − μ ± 1/255)/σ and a density f of the cdf: (f(z₊) − f(z₋)) / (σ p) and
+    (z₊ f(z₊) − z₋ f(z₋)) / p; a bin that reaches to infinity lacks that end's term.
+    """
+    centred, inverse_std = x0 - mean, torch.exp(-log_std)
+    upper, lower = inverse_std * (centred + 1 / 255), inverse_std * (centred - 1 / 255)
+    density = _tanh_density if cdf == "tanh" else _normal_density
+    zero = torch.zeros_like(upper)
+    at_upper = torch.where(x0 > 0.999, zero, density(upper))
+    at_lower = torch.where(x0 < -0.999, zero, density(lower))
+    nll = decoder_nll(x0, mean, log_std, cdf)
+    # 1 / p; where p is clamped the result does not move.
+    inverse_p = torch.where(nll >= -math.log(1.0001e-12), zero, nll.exp())
+    by_mean = inverse_std * (at_upper - at_lower) * inverse_p
+    return by_mean, (upper * at_upper - lower * at_lower) * inverse_p
+
+
+def _normal_density(x: Tensor) -> Tensor:
+    return torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+
+
+def _tanh_density(x: Tensor) -> Tensor:
+    slope = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x**2)
+    tanh = torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
+    return 0.5 * slope * (1 - tanh**2)
+
+
 def _normal_cdf(x: Tensor) -> Tensor:
     return 0.5 * torch.special.erfc(-x * math.sqrt(0.5))
 
@@ -481,6 +512,58 @@ def denoising_target(
     return eps if prediction == "epsilon" else v_from_x0_eps(x0, eps, t, schedule)
 
 
-def eps_regression(eps: Tensor, predicted: Tensor) -> Tensor:
-    """L_simple of each sample: the mean of (ε − ε_θ)² over its elements, [N] [Ho, eq. 14]."""
-    return ((eps - predicted) ** 2).flatten(1).mean(1)
+def regression(target: Tensor, predicted: Tensor) -> Tensor:
+    """The mean of (target − m)² over each sample's elements, [N]; of ε, L_simple [Ho, eq. 14]."""
+    return ((target - predicted) ** 2).flatten(1).mean(1)
+
+
+def regression_gradient(target: Tensor, predicted: Tensor, weights: Tensor) -> Tensor:
+    """Of weights [N] times :func:`regression`, by the prediction."""
+    scale = 2 / max(math.prod(target.shape[1:]), 1) * weights
+    return scale.reshape(-1, *[1] * (target.ndim - 1)) * (predicted - target)
+
+
+# Training: which timesteps, and what they weigh ----------------------------------------------
+
+
+def first_words(stream: int, seeds: Tensor, sample_ids: Tensor) -> Tensor:
+    """Word 0 of each sample's draw (stream, index 0): int64 [N], below 2^32."""
+    first = torch.zeros_like(sample_ids)
+    return noise_words(first, first + (stream << 24), seeds, sample_ids)[0]
+
+
+def antithetic_timesteps(
+    num_steps: int, group_size: int, seeds: Tensor, sample_ids: Tensor
+) -> Tensor:
+    """Training timesteps that each group of consecutive ids spreads evenly over 0 … T−1, from one
+    random start [Kingma et al. 2021, appendix I.1]; int64 [N].
+
+    Args:
+        num_steps: T.
+        group_size: G, below 2^31; ids g·G … g·G + G − 1 share word 0 of stream 3 of id g·G.
+        seeds, sample_ids: int64 [N].
+    """
+    place = sample_ids % group_size
+    start = first_words(TIMESTEP_STREAM, seeds, sample_ids - place)
+    return (start + (place << 32) // group_size & _WORD) * num_steps >> 32
+
+
+def min_snr_weights(schedule: NoiseSchedule, prediction: Prediction, gamma: float) -> Tensor:
+    """Each timestep's weight min(snr, γ) of the regression on x_0, as the regression on what the
+    model predicts takes it [Hang et al. 2023, section 3.4]; float64 [T]."""
+    snr = schedule.snr
+    if prediction == "sample":
+        return snr.clamp(max=gamma)
+    return (
+        (gamma / snr).clamp(max=1) if prediction == "epsilon" else snr.clamp(max=gamma) / (snr + 1)
+    )
+
+
+def p2_weights(schedule: NoiseSchedule, prediction: Prediction, gamma: float, k: float) -> Tensor:
+    """Each timestep's weight (k + snr)^−γ of the regression on ε, as the regression on what the
+    model predicts takes it [Choi et al. 2022, eq. 8]; float64 [T]."""
+    snr = schedule.snr
+    of_eps = (k + snr) ** -gamma
+    if prediction == "epsilon":
+        return of_eps
+    return of_eps * (snr if prediction == "sample" else snr / (snr + 1))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -174,8 +174,7 @@ class NoiseSchedule:
         )
         self.posterior_variance = b * one_minus_prev / self.one_minus_alphas_cumprod
         self.posterior_log_variance_clipped = _log_with_first_replaced(self.posterior_variance, b)
-        weights = torch.stack([self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod], 1)
-        self._weights = {weights.device: weights.float().contiguous()}
+        self._tables: dict[tuple[str, torch.device], Tensor] = {}
 
     def __len__(self) -> int:
         return self.betas.shape[0]
@@ -255,13 +254,22 @@ class NoiseSchedule:
 
     def forward_weights(self, device: torch.device) -> Tensor:
         """float32 [T, 2] on ``device``: sqrt(ᾱ), sqrt(1 - ᾱ) (Ho et al. 2020, eq. 4)."""
-        weights = self._weights.get(device)
-        if weights is None:
+        return self.table_on(
+            device,
+            "forward",
+            lambda: torch.stack([self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod], 1),
+        )
+
+    def table_on(self, device: torch.device, name: str, columns: Callable[[], Tensor]) -> Tensor:
+        """A kernel's table: ``columns()``, float64 on the CPU, rounded to float32 on ``device``.
+        Made once for a name and device, and kept."""
+        table = self._tables.get((name, device))
+        if table is None:
             with torch.inference_mode(False):
-                weights = self._weights[torch.device("cpu")].to(device)
-            if type(weights) is Tensor:  # not what stands for one while a function is traced
-                self._weights[device] = weights
-        return weights
+                table = columns().float().contiguous().to(device)
+            if type(table) is Tensor:  # not what stands for one while a function is traced
+                self._tables[name, device] = table
+        return table
 
     def spaced_timesteps(
         self,

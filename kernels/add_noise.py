@@ -14,9 +14,11 @@ from .tile import draw, field, load, of_sample, sample_of, store
 
 @triton.jit(
     do_not_specialize=[
-        "seed", "draw_index", "num_steps", "t", "samples", "channels", "pixels", "lanes",
+        "seed", "stream", "index", "num_steps", "t", "samples", "channels", "pixels", "lanes",
     ],
-    do_not_specialize_on_alignment=["seeds_ptr", "sample_ids_ptr", "weights_ptr", "ts_ptr"],
+    do_not_specialize_on_alignment=[
+        "seeds_ptr", "sample_ids_ptr", "indices_ptr", "weights_ptr", "ts_ptr",
+    ],
 )  # fmt: skip
 def add_noise_tile_kernel(
     x0_ptr,  # [samples, channels, pixels]
@@ -25,7 +27,9 @@ def add_noise_tile_kernel(
     seed: tl.int64,
     seeds_ptr,  # int64 [samples] or None
     sample_ids_ptr,  # int64 [samples] or None
-    draw_index: tl.uint32,  # stream << 24 | index
+    stream: tl.int64,
+    index: tl.int64,
+    indices_ptr,  # int64 [samples] or None
     weights_ptr,  # float32 [num_steps, 2]: sqrt(abar), sqrt(1 - abar)
     num_steps: tl.int64,
     t: tl.int64,
@@ -46,7 +50,8 @@ def add_noise_tile_kernel(
     signal, sigma = tl.load(weights_ptr + 2 * t), tl.load(weights_ptr + 2 * t + 1)
     if noise_ptr is None:
         seed, sample_id = of_sample(seeds_ptr, n, seed), of_sample(sample_ids_ptr, n, n)
-        z = draw(tile, pixels, draw_index, seed, sample_id, TILING)
+        index = (of_sample(indices_ptr, n, index) & 0xFFFFFF) | (stream << 24)
+        z = draw(tile, pixels, index.to(tl.uint32), seed, sample_id, TILING)
     else:
         z = load(noise_ptr, n, tile, channels, pixels, lanes, TILING)
     x_t = ()
@@ -66,7 +71,9 @@ def launch_add_noise(
     seed: int,
     seeds: Tensor | None,
     sample_ids: Tensor | None,
-    draw_index: int,
+    stream: int,
+    index: int,
+    indices: Tensor | None,
     weights: Tensor,
     t: int,
     ts: Tensor | None,
@@ -84,7 +91,9 @@ def launch_add_noise(
         seed,
         seeds,
         sample_ids,
-        draw_index,
+        stream,
+        index,
+        indices,
         weights,
         weights.shape[0],
         t,

@@ -90,6 +90,17 @@ def test_repeats_with_defaults_and_differs_with_ids():
     )
 
 
+def test_streams_and_an_index_a_sample(isa):
+    x0, t = data((3, 3, 8, 8), torch.float32), timesteps(3)
+    index = torch.tensor([5, 2**24 - 1, 0])
+    found = add_noise(x0, t, SCHEDULE, seed=5, stream=4, index=index)
+    eps = randn(x0.shape, seed=5, stream=4, index=index)
+    assert torch.equal(found, add_noise(x0, t, SCHEDULE, seed=5, noise=eps))
+    assert not torch.equal(found, add_noise(x0, t, SCHEDULE, seed=5, index=index))
+    with use_backend("reference"):
+        assert torch.equal(found, add_noise(x0, t, SCHEDULE, seed=5, stream=4, index=index))
+
+
 def test_gradient():
     x0 = data((3, 2, 3, 3), torch.float32).requires_grad_()
     t = timesteps(3)
@@ -119,13 +130,14 @@ def test_opcheck(dtype):
     t, ids = timesteps(3), torch.tensor([5, 6, 7])
     op = torch.ops.ddpm_fast.add_noise.default
     low = torch.bfloat16 if dtype == torch.uint8 else dtype
-    torch.library.opcheck(op, (x0, 3, None, weights, 1, None, None, 0, None, low))
+    torch.library.opcheck(op, (x0, 3, None, weights, 1, None, None, 2, 0, None, None, low))
     last = x0.to(memory_format=torch.channels_last)
     noise = randn(x0.shape, seed=3)
-    torch.library.opcheck(op, (last, 0, t, weights, 1, ids, ids, 0, noise, torch.float32))
+    arguments = (t, weights, 1, ids, ids, 2, 0, ids, noise, torch.float32)
+    torch.library.opcheck(op, (last, 0, *arguments))
     if dtype == torch.float32:
         torch.library.opcheck(
-            op, (x0.requires_grad_(), 0, t, weights, 1, None, ids, 0, None, torch.float32)
+            op, (x0.requires_grad_(), 0, t, weights, 1, None, ids, 2, 0, None, None, torch.float32)
         )
 
 
@@ -158,6 +170,9 @@ X0 = torch.zeros(2, 3, 4, 4)
         (X0, 0, {"dtype": torch.float64}, TypeError, "dtype must be float32"),
         (X0, 0, {"index": -1}, ValueError, "index must lie in"),
         (X0, 0, {"index": 1.5}, TypeError, "index must be an integer"),
+        (X0, 0, {"index": torch.tensor([0, -1])}, ValueError, "index must lie in 0 … 16777215"),
+        (X0, 0, {"index": torch.tensor(3)}, ValueError, r"index must have shape \[2\]"),
+        (X0, 0, {"stream": 256}, ValueError, "stream must lie in 0 … 255; got 256"),
         (X0, 0, {"sample_ids": [1, 2, 3]}, ValueError, r"sample_ids must have shape \[2\]"),
         (X0, torch.zeros(2, dtype=torch.int64, device="meta"), {}, ValueError, "t must be on cpu"),
     ],

@@ -102,7 +102,7 @@ def test_terms_are_weighted_regression_on_eps(prediction):
     beta, alpha = schedule.betas[t], schedule.alphas[t]
     ratio = schedule.posterior_variance[t] / beta
     weight = beta / (2 * alpha * schedule.one_minus_alphas_cumprod[t])
-    expected = weight * reference.eps_regression(eps, wrong) + 0.5 * (ratio - 1 - ratio.log())
+    expected = weight * reference.regression(eps, wrong) + 0.5 * (ratio - 1 - ratio.log())
     torch.testing.assert_close(found * math.log(2), expected, rtol=1e-9, atol=1e-12)
 
 

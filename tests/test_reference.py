@@ -178,7 +178,7 @@ def test_decoder_keeps_the_upper_tail():
     assert reference.decoder_nll(x0, mean, log_std).item() == pytest.approx(mirrored.item())
 
 
-def test_eps_regression():
+def test_regression():
     eps, predicted = doubles(1), doubles(2)
     expected = [((a - b) ** 2).mean() for a, b in zip(eps, predicted, strict=True)]
-    torch.testing.assert_close(reference.eps_regression(eps, predicted), torch.stack(expected))
+    torch.testing.assert_close(reference.regression(eps, predicted), torch.stack(expected))

@@ -150,7 +150,7 @@ def noising(layout: str, x0: torch.dtype, out: str, t: int = 3, ts=None) -> Laun
     source, target = (empty(SHAPES[layout], layout, dtype) for dtype in (x0, FLOATS[out]))
     weights = SCHEDULE.forward_weights(source.device)
     return lambda: launch_add_noise(
-        source, None, target, checks.layout_of(target), 5, None, None, 2 << 24, weights, t, ts
+        source, None, target, checks.layout_of(target), 5, None, None, 2, 0, None, weights, t, ts
     )
 
 

@@ -15,7 +15,7 @@ struct AddNoiseParams {
   DType x0_dtype, noise_dtype, out_dtype;
   Shape shape;
   NoiseSource source;
-  int64_t index;         // of the draw
+  DrawSource draw;
   const float* weights;  // [num_steps, 2]: sqrt(abar), sqrt(1 - abar)
   int64_t num_steps;
   int64_t t;          // one timestep for all samples, or

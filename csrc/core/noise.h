@@ -32,7 +32,17 @@ DDPM_FAST_HD uint32_t draw_of(uint32_t stream, int64_t index) {
   return stream << 24 | static_cast<uint32_t>(index);
 }
 
+// Which draw of each sample.
+struct DrawSource {
+  uint32_t stream;
+  int64_t index;           // one for all samples, or
+  const int64_t* indices;  // [samples]: of those that lie on a device the low 24 bits count
+
+  DDPM_FAST_HD uint32_t draw(int64_t sample) const {
+    return draw_of(stream, indices != nullptr ? indices[sample] & 0xFFFFFF : index);
+  }
+};
+
 constexpr uint32_t kStreamReverseStep = 1;
-constexpr uint32_t kStreamForwardNoise = 2;
 
 }  // namespace ddpm_fast

@@ -11,9 +11,7 @@ struct RandnParams {
   DType dtype;
   Shape shape;
   NoiseSource source;
-  uint32_t stream;
-  int64_t index;           // one for all samples, or
-  const int64_t* indices;  // [samples]
+  DrawSource draw;
 };
 
 }  // namespace ddpm_fast

@@ -49,9 +49,7 @@ void add_noise(const AddNoiseParams& p, int threads) {
     const int64_t t = p.ts != nullptr ? p.ts[n] : p.t;
     const Coefficients c{Lanes::splat(p.weights[2 * t]), Lanes::splat(p.weights[2 * t + 1]),
                          p.x0_dtype == DType::kUInt8};
-    if (p.noise == nullptr) {
-      noise.start(p.source.key(n, draw_of(kStreamForwardNoise, p.index)), begin, end);
-    }
+    if (p.noise == nullptr) noise.start(p.source.key(n, p.draw.draw(n)), begin, end);
     alignas(64) float x_buffer[kGranule], z_buffer[kGranule], out_buffer[kGranule];
     for (int64_t i = begin; i < end; i += kGranule) {
       const int count = granule_length(i, end);

@@ -7,8 +7,7 @@ namespace DDPM_FAST_ISA {
 void randn(const RandnParams& p, int threads) {
   const int64_t elements = p.shape.elements();
   for_each_tile(p.shape, threads, [&](TileNoise& noise, int64_t n, int64_t begin, int64_t end) {
-    const int64_t index = p.indices != nullptr ? p.indices[n] : p.index;
-    noise.start(p.source.key(n, draw_of(p.stream, index)), begin, end);
+    noise.start(p.source.key(n, p.draw.draw(n)), begin, end);
     alignas(64) float buffer[kGranule];
     for (int64_t i = begin; i < end; i += kGranule) {
       const int count = granule_length(i, end);

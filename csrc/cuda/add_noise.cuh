@@ -28,7 +28,7 @@ struct Weights {
 };
 
 DDPM_FAST_HD NoiseKey key_of(const AddNoiseParams& p, int64_t n) {
-  return p.source.key(n, draw_of(kStreamForwardNoise, p.index));
+  return p.source.key(n, p.draw.draw(n));
 }
 
 template <class X0, class Out, class Layout>

@@ -7,11 +7,8 @@
 namespace ddpm_fast {
 namespace cuda {
 
-// An index that lies on the device is brought into its 24 bits.
 DDPM_FAST_HD NoiseKey key_of(const RandnParams& p, int64_t n) {
-  int64_t index = p.index;
-  if (p.indices != nullptr) index = p.indices[n] & 0xFFFFFF;
-  return p.source.key(n, draw_of(p.stream, index));
+  return p.source.key(n, p.draw.draw(n));
 }
 
 template <class Out, class Layout>

@@ -18,7 +18,8 @@ X0_DTYPES = (*checks.FLOAT_DTYPES, torch.uint8)
 
 checks.library.define(
     "add_noise(Tensor x0, SymInt t, Tensor? ts, Tensor weights, SymInt seed, Tensor? seeds, "
-    "Tensor? sample_ids, SymInt index, Tensor? noise, ScalarType dtype) -> Tensor",
+    "Tensor? sample_ids, SymInt stream, SymInt index, Tensor? indices, Tensor? noise, "
+    "ScalarType dtype) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -30,15 +31,16 @@ def add_noise(
     *,
     seed: int | Tensor,
     sample_ids: Tensor | Sequence[int] | None = None,
-    index: int = 0,
+    stream: int = STREAM,
+    index: int | Tensor = 0,
     noise: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε, the noise ε drawn inside (Ho et al. 2020, eq. 4).
 
-    ε is ``randn(x0.shape, seed=seed, sample_ids=sample_ids, stream=2, index=index)`` and is never
-    stored. With the defaults every call draws the same ε for a sample's place in the batch: in
-    training give ``sample_ids`` that never repeat, or another ``index``.
+    ε is ``randn(x0.shape, seed=seed, sample_ids=sample_ids, stream=stream, index=index)`` and is
+    never stored. With the defaults every call draws the same ε for a sample's place in the batch:
+    in training give ``sample_ids`` that never repeat, or another ``index``.
 
     Args:
         x0: [N, …] in [-1, 1], float32, bfloat16 or float16; or uint8 pixels, taken as p/127.5 − 1.
@@ -48,7 +50,8 @@ def add_noise(
         schedule: gives ᾱ.
         seed: in [0, 2^64), or int64 [N].
         sample_ids: N non-negative integers; 0 … N−1 if None.
-        index: 0 … 2^24−1, another draw of the same sample.
+        stream: 0 … 255; docs/noise.md lists them.
+        index: 0 … 2^24−1, another draw of the same sample; or int64 [N].
         noise: ε itself, of x0's shape; then seed and index do not matter.
         dtype: of x_t; x0's if None, float32 for pixels.
 
@@ -74,7 +77,13 @@ def add_noise(
     else:
         t = checks.as_int("t", t, len(schedule))
     seed, seeds, ids = checks.noise_address(seed, sample_ids, samples, device)
-    index = checks.as_int("index", index, checks.MAX_INDEX)
+    stream = checks.as_int("stream", stream, 256)
+    indices = None
+    if isinstance(index, Tensor):
+        checks.per_sample_int("index", index, samples, device)
+        indices, index = index.contiguous(), 0
+    else:
+        index = checks.as_int("index", index, checks.MAX_INDEX)
     if noise is not None:
         checks.check_tensor("noise", noise, device, checks.FLOAT_DTYPES)
         checks.check_same_shape("noise", noise, x0.shape)
@@ -84,7 +93,7 @@ def add_noise(
         raise TypeError(f"dtype must be float32, bfloat16, float16; got {dtype}")
     weights = schedule.forward_weights(device)
     run = _add_noise if checks.runs_now(x0, noise) else torch.ops.ddpm_fast.add_noise.default
-    out: Tensor = run(x0, t, ts, weights, seed, seeds, ids, index, noise, dtype)
+    out: Tensor = run(x0, t, ts, weights, seed, seeds, ids, stream, index, indices, noise, dtype)
     return out
 
 
@@ -97,7 +106,9 @@ def _add_noise(
     seed: int,
     seeds: Tensor | None,
     sample_ids: Tensor | None,
+    stream: int,
     index: int,
+    indices: Tensor | None,
     noise: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
@@ -108,16 +119,21 @@ def _add_noise(
         checks.check_range_on_host("t", ts, weights.shape[0])
     else:
         checks.as_int("t", t, weights.shape[0])
+    if indices is not None:
+        checks.check_range_on_host("index", indices, checks.MAX_INDEX)
     x0, layout = checks.dense(x0)
     out = checks.empty_like_dense(x0, dtype)
     if noise is not None:
         noise = checks.laid_out(noise, layout[3])
     if backend == "reference":
-        return out.copy_(_reference(x0, t, ts, weights, seed, seeds, sample_ids, index, noise))
+        return out.copy_(
+            _reference(x0, t, ts, weights, seed, seeds, sample_ids, stream, index, indices, noise)
+        )
     if backend == "triton":
         launch = triton_launcher("add_noise", x0.device)
-        draw = STREAM << 24 | index
-        launch(x0, noise, out, layout, seed, seeds, sample_ids, draw, weights, t, ts)
+        launch(
+            x0, noise, out, layout, seed, seeds, sample_ids, stream, index, indices, weights, t, ts
+        )
         return out
     run, where = kernel_of("add_noise", backend, x0.device)
     run(
@@ -131,7 +147,9 @@ def _add_noise(
         seed,
         checks.address(seeds),
         checks.address(sample_ids),
+        stream,
         index,
+        checks.address(indices),
         weights.data_ptr(),
         weights.shape[0],
         t,
@@ -149,13 +167,16 @@ def _reference(
     seed: int,
     seeds: Tensor | None,
     sample_ids: Tensor | None,
+    stream: int,
     index: int,
+    indices: Tensor | None,
     noise: Tensor | None,
 ) -> Tensor:
     samples, device = x0.shape[0], x0.device
     if noise is None:
         seeds, ids = checks.reference_address(seed, seeds, sample_ids, samples, device)
-        noise = reference.randn(x0.shape, seeds, ids, torch.full_like(ids, STREAM << 24 | index))
+        draws = torch.full_like(ids, index) if indices is None else indices
+        noise = reference.randn(x0.shape, seeds, ids, stream << 24 | draws)
     if ts is None:
         ts = torch.full((samples,), t, dtype=torch.int64, device=device)
     x0 = reference.unit_from_pixel(x0) if x0.dtype == torch.uint8 else x0.float()
@@ -172,7 +193,9 @@ def _add_noise_fake(
     seed: int,
     seeds: Tensor | None,
     sample_ids: Tensor | None,
+    stream: int,
     index: int,
+    indices: Tensor | None,
     noise: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
@@ -188,7 +211,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     ts, weights = ctx.saved_tensors
     signal = weights[ctx.t, 0] if ts is None else reference.at(weights[:, 0], ts, grad)
-    return ((grad * signal).to(ctx.dtype), *[None] * 9)
+    return ((grad * signal).to(ctx.dtype), *[None] * 11)
 
 
 torch.library.register_autograd(

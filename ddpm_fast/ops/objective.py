@@ -1,0 +1,190 @@
+"""What the ops of the training objective share: arguments, and gradients made going forward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..schedule import NoiseSchedule, Prediction, Variance, one_of
+from . import checks
+from .add_noise import X0_DTYPES
+
+# Elements of a sample whose share of a sum takes one float of a GPU's scratch memory, at least.
+SCRATCH_ELEMENTS = 128
+
+
+class Address(NamedTuple):
+    """Where ε is drawn: a seed, ids, and a draw's stream and index."""
+
+    seed: int
+    seeds: Tensor | None
+    sample_ids: Tensor | None
+    stream: int
+    index: int
+    indices: Tensor | None
+
+
+def noise_address(
+    seed: int | Tensor,
+    sample_ids: Tensor | Sequence[int] | None,
+    stream: int,
+    index: int | Tensor,
+    samples: int,
+    device: torch.device,
+) -> Address:
+    """The checked address of one draw a sample."""
+    seed, seeds, ids = checks.noise_address(seed, sample_ids, samples, device)
+    stream = checks.as_int("stream", stream, 256)
+    indices = None
+    if isinstance(index, Tensor):
+        checks.per_sample_int("index", index, samples, device)
+        indices, index = index.contiguous(), 0
+    else:
+        index = checks.as_int("index", index, checks.MAX_INDEX)
+    return Address(seed, seeds, ids, stream, index, indices)
+
+
+def timesteps(
+    t: int | Tensor, schedule: NoiseSchedule, samples: int, device: torch.device
+) -> tuple[int, Tensor | None]:
+    """One timestep for all, or int64 [N] of them."""
+    if not isinstance(schedule, NoiseSchedule):
+        raise TypeError(f"schedule must be a NoiseSchedule; got {type(schedule).__name__}")
+    if isinstance(t, Tensor):
+        checks.per_sample_int("t", t, samples, device)
+        return 0, t.contiguous()
+    return checks.as_int("t", t, len(schedule)), None
+
+
+def check_model_output(
+    model_output: Tensor, prediction: Prediction, variance: Variance
+) -> tuple[torch.Size, bool]:
+    """The shape of x_0 that goes with a model's output, and whether that has a second half."""
+    one_of("prediction", prediction, Prediction)
+    one_of("variance", variance, Variance)
+    device = getattr(model_output, "device", None)
+    checks.check_tensor("model_output", model_output, device, checks.FLOAT_DTYPES)
+    shape = model_output.shape
+    checks.check_batch("model_output", shape)
+    if variance in ("fixed_small", "fixed_large"):
+        return shape, False
+    if len(shape) < 2 or shape[1] % 2:
+        raise ValueError(
+            f"model_output must have an even number of channels on dimension 1, half of them for "
+            f"the variance, which is {variance}; got {list(shape)}"
+        )
+    return torch.Size([shape[0], shape[1] // 2, *shape[2:]]), True
+
+
+def check_x0(x0: Tensor, shape: torch.Size, device: torch.device) -> None:
+    checks.check_tensor("x0", x0, device, X0_DTYPES)
+    checks.check_same_shape("x0", x0, shape)
+
+
+def check_noise(noise: Tensor | None, shape: torch.Size, device: torch.device) -> None:
+    if noise is not None:
+        checks.check_tensor("noise", noise, device, checks.FLOAT_DTYPES)
+        checks.check_same_shape("noise", noise, shape)
+
+
+def sample_weights(
+    name: str, weights: Tensor | None, samples: int, device: torch.device
+) -> Tensor | None:
+    if weights is None:
+        return None
+    checks.check_tensor(name, weights, device, (torch.float32,))
+    checks.check_same_shape(name, weights, (samples,))
+    return weights.detach().contiguous()
+
+
+def check_values_on_host(address: Address, t: int, ts: Tensor | None, num_steps: int) -> None:
+    """Raises ValueError for ids, indices and timesteps out of range, where they lie on the host."""
+    checks.check_ids_on_host(address.sample_ids)
+    if address.indices is not None:
+        checks.check_range_on_host("index", address.indices, checks.MAX_INDEX)
+    if ts is None:
+        checks.as_int("t", t, num_steps)
+    else:
+        checks.check_range_on_host("t", ts, num_steps)
+
+
+def reference_noise(
+    address: Address, noise: Tensor | None, shape: torch.Size, device: torch.device
+) -> Tensor:
+    """ε as float32: what was given, or what lies at the address."""
+    if noise is not None:
+        return noise.float()
+    seed, seeds, ids, stream, index, indices = address
+    seeds, ids = checks.reference_address(seed, seeds, ids, shape[0], device)
+    draws = torch.full_like(ids, index) if indices is None else indices & (checks.MAX_INDEX - 1)
+    return reference.randn(shape, seeds, ids, stream << 24 | draws)
+
+
+def reference_timesteps(
+    t: int, ts: Tensor | None, num_steps: int, samples: int, device: torch.device
+) -> Tensor:
+    """int64 [N]; those past the ends are T−1, as the kernels on a GPU take them."""
+    if ts is None:
+        return torch.full((samples,), t, dtype=torch.int64, device=device)
+    return torch.where((ts < 0) | (ts >= num_steps), num_steps - 1, ts)
+
+
+def unit(x0: Tensor) -> Tensor:
+    """x_0 as float32 in [-1, 1]."""
+    return reference.unit_from_pixel(x0) if x0.dtype == torch.uint8 else x0.float()
+
+
+def wants_gradient(model_output: Tensor) -> bool:
+    """Whether to make the gradient in the same pass."""
+    return torch.is_grad_enabled() and model_output.requires_grad
+
+
+def model_layout(model_output: Tensor, doubled: bool) -> tuple[Tensor, tuple[int, int, int, bool]]:
+    """A model's output as a kernel reads it, and the layout of one half of it."""
+    model_output, (samples, channels, pixels, last) = checks.dense(model_output)
+    return model_output, (samples, channels // 2 if doubled else channels, pixels, last)
+
+
+def scratch(layout: tuple[int, int, int, bool], sums: int, device: torch.device) -> Tensor | None:
+    """Where a GPU's blocks leave their shares of each sample's sums; the CPU needs none."""
+    if device.type == "cpu":
+        return None
+    samples, channels, pixels, _ = layout
+    shares = -(-channels * pixels // SCRATCH_ELEMENTS)
+    return torch.empty(samples * shares * sums, dtype=torch.float32, device=device)
+
+
+def gradient_scale(model_output: Tensor, headroom: int = 0) -> float:
+    """What a gradient is multiplied by while it is kept: a power of two near the number of
+    elements, by which a mean divides, where float16 would lose the digits of what is left; else 1.
+
+    headroom: of how many powers of two less, for losses that may be large.
+    """
+    if model_output.dtype != torch.float16:
+        return 1.0
+    return 2.0 ** max(model_output.numel().bit_length() - 1 - headroom, 0)
+
+
+def from_saved_gradient(gradient: Tensor, scale: float, upstream: Tensor | None) -> Tensor | None:
+    """The model output's gradient, given ``scale`` times that of each sample's loss and how the
+    result depends on those losses, [N].
+
+    Where that is 1 throughout, as after ``loss.sum()``, and may be looked at without waiting, the
+    saved gradient is the answer; elsewhere it takes a pass to scale it.
+    """
+    if upstream is None:
+        return None
+    if (
+        scale == 1.0
+        and upstream.device.type == "cpu"
+        and type(upstream) is Tensor
+        and not torch.compiler.is_compiling()
+        and bool((upstream == 1).all())
+    ):
+        return gradient
+    factor = (upstream / scale).reshape(-1, *[1] * (gradient.ndim - 1))
+    return (gradient * factor).to(gradient.dtype)
