@@ -2,6 +2,8 @@
 
 from . import reference
 from .backends import backends, use_backend
+from .likelihood import BitsPerDim, bits_per_dim
+from .loss import DenoisingLoss, LossOutput
 from .nn import UNet, UNetConfig
 from .ops import add_noise, denoising_loss, hybrid_loss, randn, reverse_step, vlb_terms
 from .sampler import Sampler, SampleStep
@@ -10,6 +12,9 @@ from .schedule import NoiseSchedule, StepTable
 __version__ = "0.1.0"
 
 __all__ = [
+    "BitsPerDim",
+    "DenoisingLoss",
+    "LossOutput",
     "NoiseSchedule",
     "SampleStep",
     "Sampler",
@@ -18,6 +23,7 @@ __all__ = [
     "UNetConfig",
     "add_noise",
     "backends",
+    "bits_per_dim",
     "denoising_loss",
     "hybrid_loss",
     "randn",

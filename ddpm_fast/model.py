@@ -1,0 +1,41 @@
+"""How a model is called, and where it lies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+Model = Callable[..., Any]  # (x [N, C, …], t int64 [N], **model_kwargs) -> a tensor, or its .sample
+
+
+def call_model(
+    model: Model, x: Tensor, t: Tensor, kwargs: Mapping[str, Any], halves: int = 1
+) -> Tensor:
+    """What a model says: a float tensor of x's shape, of ``halves`` times its channels.
+
+    Raises:
+        TypeError, ValueError: it says something else.
+    """
+    output = model(x, t, **kwargs)
+    if not isinstance(output, Tensor):
+        output = getattr(output, "sample", output)
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            "model must return a tensor, or an object whose .sample is one; got "
+            f"{type(output).__name__}"
+        )
+    expected = [x.shape[0], halves * x.shape[1], *x.shape[2:]]
+    if list(output.shape) != expected or not output.is_floating_point():
+        why = ", twice x's channels for a learned variance" if halves == 2 else ""
+        raise ValueError(
+            f"model must return a float tensor of shape {expected}{why}; got {output.dtype} "
+            f"{list(output.shape)}"
+        )
+    return output
+
+
+def first_parameter(model: Model) -> Tensor | None:
+    """Tells where a module lies and of which dtype it is; None where there is nothing to ask."""
+    return next(model.parameters(), None) if isinstance(model, nn.Module) else None
