@@ -38,17 +38,27 @@ def write_bytes(path: Path, data: bytes) -> None:
 def save(directory: str | os.PathLike[str], model: nn.Module, config: Any) -> None:
     """Writes the weights, then the config. Each names the other: a pair that was not written
     together, because the second failed, does not load."""
+    write(directory, _state(model), type(model).__name__, config)
+
+
+def write(
+    directory: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    architecture: str,
+    config: Any,
+) -> None:
+    """:func:`save` of a model's tensors by name, wherever they were gathered."""
     from safetensors.torch import save as to_bytes
 
     folder = Path(directory)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"a checkpoint is a directory; {folder} is a file")
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _state(model).items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     description = {
         "format": "ddpm_fast",
         "format_version": FORMAT_VERSION,
-        "architecture": type(model).__name__,
+        "architecture": architecture,
         "config": json.loads(json.dumps(dataclasses.asdict(config))),  # tuples as JSON has them
     }
     metadata = {"format": "pt", "config_sha256": _digest(description["config"])}

@@ -1,0 +1,337 @@
+"""Checkpoints of runs: written whole or not at all, verified when read.
+
+checkpoints/step-00000200/ holds config.json and model.safetensors, as UNet.save_pretrained writes
+them; ema.safetensors, "<rate>/<parameter>"; optimizer.safetensors, "<state>/<parameter>", and
+"loss/<tensor>" of the loss; state.json, written last: the run's config, the counters, and each
+file's size and SHA-256. The folder is written under another name, synced and renamed; `latest` is
+a relative link to the newest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from ..nn import UNet
+from ..nn import checkpoint as weights
+from .config import RunConfig
+from .fields import ConfigError
+
+FORMAT, FORMAT_VERSION = "ddpm_fast checkpoint", 1
+STATE, AVERAGES, OPTIMIZER = "state.json", "ema.safetensors", "optimizer.safetensors"
+FILES = (weights.CONFIG, weights.WEIGHTS, AVERAGES, OPTIMIZER)
+LATEST = "latest"
+_STEP = re.compile(r"step-(\d{8,})")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is cut short, damaged, or of another kind: which file, and how."""
+
+
+@dataclass
+class Snapshot:
+    """All that a run goes on from.
+
+    Attributes:
+        config: of the run.
+        step, samples: steps done and samples consumed.
+        model: the weights by name, on the host.
+        averages: of each rate, the same.
+        optimizer: its state and the loss's, by name.
+        state: what else there is, for JSON: hyperparameters, the scaler, the log's sums.
+    """
+
+    config: RunConfig
+    step: int
+    samples: int
+    model: dict[str, Tensor]
+    averages: dict[float, dict[str, Tensor]]
+    optimizer: dict[str, Tensor]
+    state: dict[str, Any] = field(default_factory=dict)
+
+
+def folder_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def write_checkpoint(checkpoints: Path, snapshot: Snapshot, keep: int = 0) -> Path:
+    """Writes a checkpoint, points `latest` at it, then removes all but the last ``keep``.
+
+    Whatever fails or kills the process, the checkpoints that were there stay as they were, and
+    `latest` leads to a whole one.
+
+    Raises:
+        OSError: it cannot be written; nothing of it is left.
+    """
+    from safetensors.torch import save
+
+    name = folder_name(snapshot.step)
+    partial, final = checkpoints / f".{name}.partial", checkpoints / name
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)
+    averages = {
+        f"{rate!r}/{parameter}": tensor
+        for rate, tensors in snapshot.averages.items()
+        for parameter, tensor in tensors.items()
+    }
+    try:
+        weights.write(partial, snapshot.model, UNet.__name__, snapshot.config.unet)
+        weights.write_bytes(partial / AVERAGES, save(averages))
+        weights.write_bytes(partial / OPTIMIZER, save(snapshot.optimizer))
+        state = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "step": snapshot.step,
+            "samples": snapshot.samples,
+            **snapshot.state,
+            "config": snapshot.config.to_dict(),
+            "files": {file: _fingerprint(partial / file) for file in FILES},
+        }
+        text = json.dumps(state, indent=2, ensure_ascii=False) + "\n"
+        weights.write_bytes(partial / STATE, text.encode())
+        _sync(partial)
+        if final.exists():
+            set_aside(final)
+        os.rename(partial, final)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    _sync(checkpoints)
+    point_latest(checkpoints, name)
+    _prune(checkpoints, keep)
+    return final
+
+
+def steps_in(checkpoints: Path) -> list[tuple[int, Path]]:
+    """The checkpoints of a run, oldest first; whether they are whole is not looked at."""
+    found = []
+    if checkpoints.is_dir():
+        for path in checkpoints.iterdir():
+            match = _STEP.fullmatch(path.name)
+            if match and path.is_dir() and not path.is_symlink():
+                found.append((int(match[1]), path))
+    return sorted(found)
+
+
+def set_aside(path: Path) -> Path:
+    """Renames a checkpoint that is not to be used, so that none of its bytes are lost."""
+    number, aside = 1, path.with_name(f"broken-{path.name}")
+    while aside.exists():
+        number += 1
+        aside = path.with_name(f"broken-{path.name}-{number}")
+    os.rename(path, aside)
+    return aside
+
+
+def remove_leftovers(checkpoints: Path) -> None:
+    """What a process that was killed has left half written or half removed."""
+    if checkpoints.is_dir():
+        for path in checkpoints.iterdir():
+            if path.name.startswith(".") and path.name.endswith((".partial", ".removing")):
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
+
+
+def verify(folder: Path, files: Iterable[str] = FILES) -> dict[str, Any]:
+    """A checkpoint's state.json, after ``files`` were found whole.
+
+    Raises:
+        CheckpointError: a file that is missing, cut short or changed; or another kind of folder.
+    """
+    path = folder / STATE
+    if not path.is_file():
+        if (folder / weights.WEIGHTS).is_file():
+            raise CheckpointError(
+                f"{folder} holds a model without its noise schedule and prediction: {STATE} is "
+                "missing. UNet.from_pretrained reads such a folder; a run's checkpoint is needed "
+                "here"
+            )
+        raise CheckpointError(f"{folder} is no checkpoint of a run: {STATE} is missing")
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not JSON (cut short?): {error}") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise CheckpointError(f"{path} does not describe a checkpoint of a ddpm_fast run")
+    if state.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {state.get('format_version')}; this ddpm_fast reads "
+            f"version {FORMAT_VERSION}"
+        )
+    for file in files:
+        expected = state.get("files", {}).get(file)
+        if not isinstance(expected, dict):
+            raise CheckpointError(f"{path} does not list {file}")
+        if not (folder / file).is_file():
+            raise CheckpointError(f"{folder / file} is missing")
+        size = (folder / file).stat().st_size
+        if size != expected.get("bytes"):
+            raise CheckpointError(
+                f"{folder / file} has {size:,} bytes instead of {expected.get('bytes'):,}: it was "
+                "cut short"
+            )
+        if _fingerprint(folder / file) != expected:
+            raise CheckpointError(f"{folder / file} is damaged: its SHA-256 is not {STATE}'s")
+    return state
+
+
+def read_checkpoint(folder: Path) -> Snapshot:
+    """What :func:`write_checkpoint` wrote.
+
+    Raises:
+        CheckpointError: as :func:`verify`.
+    """
+    from safetensors.torch import load_file
+
+    state = verify(folder)
+    for name in ("format", "format_version", "files"):
+        del state[name]
+    config = _config(folder, state.pop("config", None))
+    averages: dict[float, dict[str, Tensor]] = {rate: {} for rate in config.ema_rates}
+    for name, tensor in load_file(folder / AVERAGES).items():
+        rate, _, parameter = name.partition("/")
+        averages[float(rate)][parameter] = tensor
+    return Snapshot(
+        config,
+        state.pop("step"),
+        state.pop("samples"),
+        load_file(folder / weights.WEIGHTS),
+        averages,
+        load_file(folder / OPTIMIZER),
+        state,
+    )
+
+
+def newest_whole(checkpoints: Path) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint that is whole, and what is wrong with each newer one."""
+    broken = {}
+    for _, path in reversed(steps_in(checkpoints)):
+        try:
+            _config(path, verify(path).get("config"))
+        except CheckpointError as error:
+            broken[path] = str(error)
+        else:
+            return path, broken
+    return None, broken
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A trained model and what it takes to use it.
+
+    Attributes:
+        model: in eval mode, on the CPU.
+        config: of its run; ``config.build_schedule()`` is its forward process.
+        step: after which it was saved.
+        path: the checkpoint's folder.
+    """
+
+    model: UNet
+    config: RunConfig
+    step: int
+    path: Path
+
+
+def load_model(
+    path: str | os.PathLike[str], ema: float | Literal["first"] | None = "first"
+) -> LoadedModel:
+    """The model of a run, to sample with.
+
+    Args:
+        path: a run's folder, its checkpoints/latest, or any of its checkpoints.
+        ema: which average of the weights, by its rate; "first" of the config's, or the weights
+            themselves where it has none; None: the weights themselves.
+
+    Raises:
+        FileNotFoundError: no such folder, or no checkpoint in it.
+        CheckpointError: a checkpoint that is cut short, or a folder of another kind.
+        ValueError: no average of that rate.
+    """
+    from safetensors import safe_open
+
+    folder = _checkpoint_of(Path(path))
+    try:
+        config = _config(folder, verify(folder, ()).get("config"))
+        if ema == "first":
+            ema = next(iter(config.ema_rates), None)
+        if ema is not None and ema not in config.ema_rates:
+            raise ValueError(f"ema must be one of {list(config.ema_rates)}, or None; got {ema!r}")
+        file, prefix = (weights.WEIGHTS, "") if ema is None else (AVERAGES, f"{ema!r}/")
+        state = verify(folder, (file,))
+    except CheckpointError as error:
+        whole, _ = newest_whole(folder.parent)
+        hint = "" if whole is None else f"; the last good one is {whole}"
+        raise CheckpointError(f"{error}{hint}") from error
+    model = UNet(config.unet)
+    with safe_open(folder / file, framework="pt") as tensors:
+        names = [name for name in tensors.keys() if name.startswith(prefix)]  # noqa: SIM118
+        model.load_state_dict({n.removeprefix(prefix): tensors.get_tensor(n) for n in names})
+    return LoadedModel(model.eval(), config, state["step"], folder)
+
+
+def _checkpoint_of(path: Path) -> Path:
+    if not path.is_dir():
+        what = "it is a file" if path.exists() else "there is nothing there"
+        raise FileNotFoundError(f"no checkpoint at {path}: {what}")
+    for folder in (path / "checkpoints", path):
+        found = steps_in(folder)
+        if found:
+            latest = folder / LATEST
+            return latest.resolve() if latest.is_dir() else found[-1][1]
+    if (path / "checkpoints").is_dir():
+        raise FileNotFoundError(f"no checkpoint at {path}: the run has not written one yet")
+    return path.resolve()
+
+
+def _config(folder: Path, values: Any) -> RunConfig:
+    try:
+        return RunConfig.from_dict(values)
+    except ConfigError as error:
+        raise CheckpointError(f"{folder / STATE} does not configure a run: {error}") from error
+
+
+def _fingerprint(path: Path) -> Mapping[str, Any]:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def point_latest(checkpoints: Path, name: str) -> None:
+    """Leads `latest` to a checkpoint, in one step."""
+    link = checkpoints / f".{LATEST}.partial"
+    link.unlink(missing_ok=True)
+    os.symlink(name, link)
+    os.replace(link, checkpoints / LATEST)
+    _sync(checkpoints)
+
+
+def _prune(checkpoints: Path, keep: int) -> None:
+    """Out of sight first: what is half removed must not look like a checkpoint."""
+    for _, path in steps_in(checkpoints)[: -keep or None] if keep else []:
+        hidden = checkpoints / f".{path.name}.removing"
+        with contextlib.suppress(OSError):  # it takes room, nothing else
+            os.rename(path, hidden)
+            shutil.rmtree(hidden)
+
