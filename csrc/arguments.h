@@ -3,8 +3,10 @@
 #pragma once
 
 #include "core/add_noise.h"
+#include "core/denoising_loss.h"
 #include "core/randn.h"
 #include "core/reverse_step.h"
+#include "core/vlb_terms.h"
 
 namespace ddpm_fast {
 
@@ -95,6 +97,75 @@ inline ReverseStepParams reverse_step_params(
   p.steps = pointer<int64_t>(steps);
   p.steps_stride = steps_stride;
   p.nan_step = pointer<int32_t>(nan_step);
+  return p;
+}
+
+inline DenoisingLossParams denoising_loss_params(
+    uintptr_t model_output, int model_dtype, bool doubled, uintptr_t x0, int x0_dtype,
+    uintptr_t noise, int noise_dtype, uintptr_t gradient, float gradient_scale, uintptr_t loss,
+    uintptr_t scratch, int64_t samples, int64_t channels, int64_t pixels, bool channels_last,
+    int64_t seed, uintptr_t seeds, uintptr_t sample_ids, uint32_t stream, int64_t index,
+    uintptr_t indices, uintptr_t forward_weights, int64_t num_steps, int64_t t, uintptr_t ts,
+    int prediction, uintptr_t weights) {
+  DenoisingLossParams p{};
+  p.model_output = pointer(model_output);
+  p.model_dtype = static_cast<DType>(model_dtype);
+  p.doubled = doubled;
+  p.x0 = pointer(x0);
+  p.x0_dtype = static_cast<DType>(x0_dtype);
+  p.noise = pointer(noise);
+  p.noise_dtype = static_cast<DType>(noise_dtype);
+  p.gradient = pointer(gradient);
+  p.gradient_scale = gradient_scale;
+  p.loss = pointer<float>(loss);
+  p.scratch = pointer<float>(scratch);
+  p.shape = {samples, channels, pixels, channels_last};
+  p.source = noise_source(seed, seeds, sample_ids);
+  p.draw = draw_source(stream, index, indices);
+  p.forward_weights = pointer<float>(forward_weights);
+  p.num_steps = num_steps;
+  p.t = t;
+  p.ts = pointer<int64_t>(ts);
+  p.prediction = static_cast<Prediction>(prediction);
+  p.weights = pointer<float>(weights);
+  return p;
+}
+
+inline VlbTermsParams vlb_terms_params(
+    uintptr_t model_output, int model_dtype, uintptr_t x0, int x0_dtype, uintptr_t noise,
+    int noise_dtype, uintptr_t gradient, float gradient_scale, uintptr_t total, uintptr_t parts,
+    uintptr_t scratch, int64_t samples, int64_t channels, int64_t pixels, bool channels_last,
+    int64_t seed, uintptr_t seeds, uintptr_t sample_ids, uint32_t stream, int64_t index,
+    uintptr_t indices, uintptr_t rows, int64_t num_steps, int64_t t, uintptr_t ts, int prediction,
+    int variance, float lo, float hi, int cdf, bool hybrid, uintptr_t simple_weights,
+    uintptr_t vlb_weights) {
+  VlbTermsParams p{};
+  p.model_output = pointer(model_output);
+  p.model_dtype = static_cast<DType>(model_dtype);
+  p.x0 = pointer(x0);
+  p.x0_dtype = static_cast<DType>(x0_dtype);
+  p.noise = pointer(noise);
+  p.noise_dtype = static_cast<DType>(noise_dtype);
+  p.gradient = pointer(gradient);
+  p.gradient_scale = gradient_scale;
+  p.total = pointer<float>(total);
+  p.parts = pointer<float>(parts);
+  p.scratch = pointer<float>(scratch);
+  p.shape = {samples, channels, pixels, channels_last};
+  p.source = noise_source(seed, seeds, sample_ids);
+  p.draw = draw_source(stream, index, indices);
+  p.rows = pointer<VlbRow>(rows);
+  p.num_steps = num_steps;
+  p.t = t;
+  p.ts = pointer<int64_t>(ts);
+  p.prediction = static_cast<Prediction>(prediction);
+  p.variance = static_cast<VlbVariance>(variance);
+  p.lo = lo;
+  p.hi = hi;
+  p.cdf = static_cast<Cdf>(cdf);
+  p.hybrid = hybrid;
+  p.simple_weights = pointer<float>(simple_weights);
+  p.vlb_weights = pointer<float>(vlb_weights);
   return p;
 }
 

@@ -80,6 +80,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("randn", on_cpu(randn_params, cpu::randn));
   m.def("add_noise", on_cpu(add_noise_params, cpu::add_noise));
   m.def("reverse_step", on_cpu(reverse_step_params, cpu::reverse_step));
+  m.def("denoising_loss", on_cpu(denoising_loss_params, cpu::denoising_loss));
+  m.def("vlb_terms", on_cpu(vlb_terms_params, cpu::vlb_terms));
   m.attr("compiler") = DDPM_FAST_COMPILER;
   m.attr("openmp") =
 #if defined(_OPENMP)

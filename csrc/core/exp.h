@@ -6,9 +6,11 @@
 
 namespace ddpm_fast {
 
-// x is kept in [-87, 87], the range of float32 results; NaN passes through.
+// exp(x) and exp(x) - 1 - x, the second to full precision near 0 as well. x is kept in [-87, 87],
+// the range of float32 results; NaN passes through.
 template <class V>
-DDPM_FAST_HD typename V::F exp_clamped(typename V::F x) {
+DDPM_FAST_HD void exp_clamped_with_excess(typename V::F x, typename V::F& exp,
+                                          typename V::F& excess) {
   using F = typename V::F;
   using U = typename V::U;
   x = V::select(x < V::splat(-87.0f), V::splat(-87.0f), x);
@@ -22,10 +24,19 @@ DDPM_FAST_HD typename V::F exp_clamped(typename V::F x) {
   e = V::fma(e, f, V::splat(0x1.123b46p-7f));
   e = V::fma(e, f, V::splat(0x1.55545ep-5f));
   e = V::fma(e, f, V::splat(0x1.555490p-3f));
-  e = V::fma(e, f, V::splat(0.5f));
-  e = V::fma(e * f, f, f);
+  e = V::fma(e, f, V::splat(0.5f));  // (exp(f) - 1 - f) / f^2
+  const F near_zero = e * f * f;
+  const F minus_one = V::fma(e * f, f, f);
   const U exponent = V::bits(shifted) << 23;
-  return V::from_bits(exponent + 0x3F800000u) * (e + V::splat(1.0f));
+  exp = V::from_bits(exponent + 0x3F800000u) * (minus_one + V::splat(1.0f));
+  excess = V::select(k == V::splat(0.0f), near_zero, exp - V::splat(1.0f) - x);
+}
+
+template <class V>
+DDPM_FAST_HD typename V::F exp_clamped(typename V::F x) {
+  typename V::F exp, excess;
+  exp_clamped_with_excess<V>(x, exp, excess);
+  return exp;
 }
 
 }  // namespace ddpm_fast

@@ -14,6 +14,8 @@ struct KernelSet {
   void (*randn)(const RandnParams&, int);
   void (*add_noise)(const AddNoiseParams&, int);
   void (*reverse_step)(const ReverseStepParams&, int);
+  void (*denoising_loss)(const DenoisingLossParams&, int);
+  void (*vlb_terms)(const VlbTermsParams&, int);
 };
 
 #if defined(__x86_64__)
@@ -27,8 +29,9 @@ bool has_avx512() {
 }
 #endif
 
-#define DDPM_FAST_KERNEL_SET(isa, supported) \
-  {#isa, supported, isa::randn, isa::add_noise, isa::reverse_step}
+#define DDPM_FAST_KERNEL_SET(isa, supported)                                                     \
+  {#isa,          supported, isa::randn, isa::add_noise, isa::reverse_step, isa::denoising_loss, \
+   isa::vlb_terms}
 
 // Widest first.
 const KernelSet kSets[] = {
@@ -60,6 +63,12 @@ void add_noise(const AddNoiseParams& params, int threads) {
 }
 void reverse_step(const ReverseStepParams& params, int threads) {
   current.load()->reverse_step(params, threads);
+}
+void denoising_loss(const DenoisingLossParams& params, int threads) {
+  current.load()->denoising_loss(params, threads);
+}
+void vlb_terms(const VlbTermsParams& params, int threads) {
+  current.load()->vlb_terms(params, threads);
 }
 
 }  // namespace cpu

@@ -2,16 +2,20 @@
 #pragma once
 
 #include "../core/add_noise.h"
+#include "../core/denoising_loss.h"
 #include "../core/randn.h"
 #include "../core/reverse_step.h"
+#include "../core/vlb_terms.h"
 
 namespace ddpm_fast {
 
-#define DDPM_FAST_DECLARE_KERNELS(isa)                             \
-  namespace isa {                                                  \
-  void randn(const RandnParams& params, int threads);              \
-  void add_noise(const AddNoiseParams& params, int threads);       \
-  void reverse_step(const ReverseStepParams& params, int threads); \
+#define DDPM_FAST_DECLARE_KERNELS(isa)                                 \
+  namespace isa {                                                      \
+  void randn(const RandnParams& params, int threads);                  \
+  void add_noise(const AddNoiseParams& params, int threads);           \
+  void reverse_step(const ReverseStepParams& params, int threads);     \
+  void denoising_loss(const DenoisingLossParams& params, int threads); \
+  void vlb_terms(const VlbTermsParams& params, int threads);           \
   }
 
 DDPM_FAST_DECLARE_KERNELS(avx512)
@@ -28,6 +32,8 @@ void set_isa(const char* name);        // the caller has asked isa_supported
 void randn(const RandnParams& params, int threads);
 void add_noise(const AddNoiseParams& params, int threads);
 void reverse_step(const ReverseStepParams& params, int threads);
+void denoising_loss(const DenoisingLossParams& params, int threads);
+void vlb_terms(const VlbTermsParams& params, int threads);
 
 }  // namespace cpu
 }  // namespace ddpm_fast

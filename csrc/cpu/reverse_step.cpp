@@ -1,50 +1,10 @@
+#include "halves.h"
 #include "kernels.h"
 #include "tiles.h"
 
 namespace ddpm_fast {
 namespace DDPM_FAST_ISA {
 namespace {
-
-float value_at(const void* base, DType dtype, int64_t i) {
-  switch (dtype) {
-    case DType::kBFloat16: return float_from_bf16<ScalarLanes>(*at<uint16_t>(base, i));
-    case DType::kFloat16: return float_from_half(*at<uint16_t>(base, i));
-    default: return *at<float>(base, i);
-  }
-}
-
-// The model's output: `channels` channels of it, or twice as many, of which `half` names one.
-class ModelOutput {
- public:
-  ModelOutput(const ReverseStepParams& p, const void* base)
-      : base_(base),
-        dtype_(p.model_dtype),
-        shape_(p.shape),
-        halves_(p.variance != Variance::kNone) {}
-
-  // Elements [i, i + n) of sample's half, in x's memory order.
-  const float* load_half(int half, int64_t sample, int64_t i, int n, float* buffer) const {
-    const int64_t elements = shape_.elements();
-    if (!halves_) return load(base_, dtype_, sample * elements + i, n, buffer);
-    const int64_t start = sample * 2 * elements;
-    if (!shape_.channels_last) return load(base_, dtype_, start + half * elements + i, n, buffer);
-    // A pixel's two halves lie side by side.
-    const int64_t channels = shape_.channels;
-    int64_t pixel = i / channels, c = i % channels;
-    for (int j = 0; j < n; ++j) {
-      buffer[j] = value_at(base_, dtype_, start + (2 * pixel + half) * channels + c);
-      if (++c == channels) c = 0, ++pixel;
-    }
-    for (int j = n; j < kGranule; ++j) buffer[j] = 0.0f;
-    return buffer;
-  }
-
- private:
-  const void* base_;
-  DType dtype_;
-  const Shape& shape_;
-  bool halves_;
-};
 
 // What all elements of a tile share.
 struct Coefficients {
@@ -129,7 +89,9 @@ void lower(int32_t* word, int32_t value) {
 
 void reverse_step(const ReverseStepParams& p, int threads) {
   const int64_t elements = p.shape.elements();
-  const ModelOutput cond(p, p.model_output), uncond(p, p.model_output_uncond);
+  const bool doubled = p.variance != Variance::kNone;
+  const Halves cond(p.model_output, p.model_dtype, p.shape, doubled);
+  const Halves uncond(p.model_output_uncond, p.model_dtype, p.shape, doubled);
   const bool learned = is_learned(p.variance);
   const bool plain = p.variance == Variance::kNone && p.model_output_uncond == nullptr &&
                      p.x0 == nullptr && p.out_x0 == nullptr && p.out_lowp == nullptr;

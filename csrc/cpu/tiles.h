@@ -49,14 +49,28 @@ class TileNoise {
   int64_t begin_ = 0;
 };
 
+// A shape without the layouts that are the same as contiguous.
+inline Shape plain(Shape shape) {
+  shape.channels_last = shape.channels_last && shape.channels > 1 && shape.pixels > 1;
+  return shape;
+}
+
+// Elements of a tile, and how many tiles a sample has: a function of the layout alone.
+struct Tiling {
+  int64_t tile, per_sample;
+
+  explicit Tiling(const Shape& shape)
+      : tile(plain(shape).channels_last ? tile_pixels(shape) * shape.channels : kTile),
+        per_sample((shape.elements() + tile - 1) / tile) {}
+};
+
 // body(noise, sample, begin, end) for every tile.
 template <class Body>
 void for_each_tile(Shape shape, int threads, const Body& body) {
   const int64_t elements = shape.elements();
   if (shape.samples == 0 || elements == 0) return;
-  shape.channels_last = shape.channels_last && shape.channels > 1 && shape.pixels > 1;
-  const int64_t tile = shape.channels_last ? tile_pixels(shape) * shape.channels : kTile;
-  const int64_t per_sample = (elements + tile - 1) / tile;
+  shape = plain(shape);
+  const auto [tile, per_sample] = Tiling(shape);
   const int64_t tiles = shape.samples * per_sample;
   threads = static_cast<int>(std::min<int64_t>(threads, 1 + shape.samples * elements / kPerThread));
   const int64_t floats = shape.channels_last ? channels_last_floats(shape) : 0;
@@ -65,7 +79,7 @@ void for_each_tile(Shape shape, int threads, const Body& body) {
     ~Scratch() { delete[] data; }
   } scratch{floats > 0 ? new float[static_cast<size_t>(floats * threads)] : nullptr};
 
-  const auto run_tile = [&](TileNoise& noise, int64_t i) {
+  const auto run_tile = [&, tile = tile, per_sample = per_sample](TileNoise& noise, int64_t i) {
     const int64_t begin = i % per_sample * tile;
     body(noise, i / per_sample, begin, begin + tile < elements ? begin + tile : elements);
   };

@@ -1,0 +1,74 @@
+// The discretised Gaussian decoder, -log of the probability of a pixel's bin (Ho et al. 2020,
+// eq. 13): Phi(z+) - Phi(z-) with z+- = (x_0 - mean +- 1/255) / std, the outermost bins reaching to
+// infinity, clamped at 1e-12. Real is double on a CPU; a GPU, where only the samples at t = 0 come
+// here, takes float.
+#pragma once
+
+#include "vlb_terms.h"
+
+#if !defined(__CUDACC__)
+#include <cmath>
+#endif
+
+namespace ddpm_fast {
+
+template <class Real>
+struct DecoderTerm {
+  Real nats, by_mean, by_log_std;
+
+  DDPM_FAST_HD DecoderTerm(Real x0, Real mean, Real log_std, Cdf cdf) {
+#if !defined(__CUDACC__)
+    using std::exp;
+    using std::log;
+#endif
+    const Real inverse_std = exp(-log_std), half_bin = Real(1) / Real(255);
+    const Real upper = inverse_std * (x0 - mean + half_bin);
+    const Real lower = inverse_std * (x0 - mean - half_bin);
+    const bool lowest = x0<Real(-0.999), highest = x0> Real(0.999);
+    Real p;
+    if (cdf == Cdf::kTanh) {
+      p = lowest    ? below_tanh(upper)
+          : highest ? 1 - below_tanh(lower)
+                    : below_tanh(upper) - below_tanh(lower);
+    } else if (lowest || highest) {
+      p = lowest ? below(upper) : below(-lower);
+    } else {  // from the tail that both ends share, where neither is near 1
+      p = lower > 0 ? below(-lower) - below(-upper) : below(upper) - below(lower);
+    }
+    const bool clamped = p < Real(1e-12);
+    if (clamped) p = Real(1e-12);  // NaN passes
+    const Real at_upper = highest ? Real(0) : density(upper, cdf);
+    const Real at_lower = lowest ? Real(0) : density(lower, cdf);
+    nats = -log(p);
+    by_mean = clamped ? Real(0) : inverse_std * (at_upper - at_lower) / p;
+    by_log_std = clamped ? Real(0) : (upper * at_upper - lower * at_lower) / p;
+  }
+
+ private:
+  static DDPM_FAST_HD Real below(Real z) {
+#if !defined(__CUDACC__)
+    using std::erfc;
+#endif
+    return Real(0.5) * erfc(Real(-0.70710678118654752440) * z);
+  }
+  // The approximation that improved-diffusion makes.
+  static constexpr Real kRoot = Real(0.79788456080286535588);  // sqrt(2 / pi)
+  static constexpr Real kCubic = Real(0.044715);
+  static DDPM_FAST_HD Real tanh_of(Real z) {
+#if !defined(__CUDACC__)
+    using std::tanh;
+#endif
+    return tanh(kRoot * (z + kCubic * z * z * z));
+  }
+  static DDPM_FAST_HD Real below_tanh(Real z) { return Real(0.5) * (1 + tanh_of(z)); }
+  static DDPM_FAST_HD Real density(Real z, Cdf cdf) {
+#if !defined(__CUDACC__)
+    using std::exp;
+#endif
+    if (cdf == Cdf::kExact) return Real(0.39894228040143267794) * exp(Real(-0.5) * z * z);
+    const Real tanh_z = tanh_of(z);
+    return Real(0.5) * kRoot * (1 + 3 * kCubic * z * z) * (1 - tanh_z * tanh_z);
+  }
+};
+
+}  // namespace ddpm_fast
