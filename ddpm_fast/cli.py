@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 
 from . import __version__
-from .commands import demo, info
+from .commands import demo, info, sample
 
-COMMANDS = (info, demo)
+COMMANDS = (info, demo, sample)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

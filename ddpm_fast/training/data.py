@@ -5,12 +5,10 @@ Needs pillow for folders and scikit-learn for the digits.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +19,7 @@ from .folders import SPLITS, OnBadImage, open_folder
 from .images import MODES, UnreadableImage, fit, shown, to_mode
 from .loader import Batch, Loader
 from .order import data_order, flips
+from .progress import bar
 
 __all__ = [
     "Batch",
@@ -155,26 +154,16 @@ def _read_all(data: ImageData, progress: bool) -> TensorImages:
     positions = [range(start, min(start + _READ_AT_ONCE, len(data))) for start in starts]
     images = torch.empty((len(data), *data.image_shape), dtype=torch.uint8)
     labels = torch.empty(len(data), dtype=torch.int64)
-    with Loader(data, positions, shuffle=False) as loader, _bar(progress, len(data)) as bar:
+    with (
+        Loader(data, positions, shuffle=False) as loader,
+        bar(progress, len(data), "reading images") as shown_bar,
+    ):
         for batch in loader:
             images[batch.sample_ids] = batch.images
             if batch.labels is not None:
                 labels[batch.sample_ids] = batch.labels
-            bar.update(len(batch.images))
+            shown_bar.update(len(batch.images))
     names = data.class_names
     read = TensorImages(images, None if names is None else labels, names)
     read.bad_images.update(data.bad_images)
     return read
-
-
-class _NoBar:
-    def update(self, count: int) -> None:
-        pass
-
-
-def _bar(wanted: bool, total: int) -> contextlib.AbstractContextManager[Any]:
-    if not wanted:
-        return contextlib.nullcontext(_NoBar())
-    from tqdm.auto import tqdm
-
-    return tqdm(total=total, desc="reading images", unit="image", mininterval=1.0)

@@ -1,0 +1,269 @@
+"""Images of a trained model by number: a batch at a time, or a folder of PNG files.
+
+Image i of a seed is the same whichever others are drawn beside it, up to the rounding of the model
+itself, which may depend on the batch. So batches are cut at multiples of the batch size, whichever
+process draws them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..nn import UNet
+from ..nn.checkpoint import write_bytes
+from ..sampler import Sampler
+from ..schedule import Method, NoiseSchedule, Prediction, Spacing, Variance
+from .checkpoints import LoadedModel
+from .images import shown
+from .pictures import grid, png, png_text, read_png, to_uint8
+from .progress import bar
+
+Precision = Literal["fp32", "bf16", "fp16"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+GRID_IMAGES = 100
+_WRITERS = 4
+
+
+@dataclass(frozen=True)
+class DrawConfig:
+    """How images are drawn.
+
+    Attributes:
+        seed: in [0, 2^64).
+        method: "ddpm" or "ddim".
+        num_steps: of the method; None: as many as the model was trained on.
+        spacing: of the steps' timesteps, where they are fewer.
+        eta: of "ddim".
+        class_label: of all images; None: the image's number mod the number of classes.
+        guidance_scale: of classifier-free guidance; None: without.
+        precision: of the model's weights and arithmetic; the state is float32.
+    """
+
+    seed: int = 0
+    method: Method = "ddpm"
+    num_steps: int | None = None
+    spacing: Spacing = "leading"
+    eta: float = 0.0
+    class_label: int | None = None
+    guidance_scale: float | None = None
+    precision: Precision = "fp32"
+
+
+class Artist:
+    """Draws the images of a model by number.
+
+    Args:
+        model: the UNet; it is moved to ``device`` and brought to the precision.
+        schedule, prediction, variance: what it was trained with.
+        config: how to draw.
+        device: where; by default where the model is.
+
+    Raises:
+        ValueError: a class or guidance that the model has not learned, a method's argument out of
+            range.
+    """
+
+    def __init__(
+        self,
+        model: UNet,
+        schedule: NoiseSchedule,
+        prediction: Prediction,
+        variance: Variance,
+        config: DrawConfig,
+        device: torch.device | str | None = None,
+    ) -> None:
+        classes = model.config.num_classes
+        label, scale = config.class_label, config.guidance_scale
+        if classes is None and (label is not None or scale is not None):
+            what = "class" if label is not None else "guidance scale"
+            raise ValueError(f"a {what} is given, and the model was trained without classes")
+        if label is not None and classes is not None and not 0 <= label < classes:
+            raise ValueError(f"class must lie in 0 … {classes - 1}; got {label}")
+        self.config, self.num_classes = config, classes
+        self.image_shape = (model.config.in_channels, *[model.config.image_size] * 2)
+        model.eval().to(device=device, dtype=DTYPES[config.precision])
+        self.sampler = Sampler(
+            model,
+            schedule,
+            prediction=prediction,
+            variance=variance,
+            method=config.method,
+            eta=config.eta,
+            num_steps=config.num_steps,
+            spacing=config.spacing,
+            guidance_scale=scale,
+        )
+        self._model = model
+
+    @classmethod
+    def of(
+        cls, loaded: LoadedModel, config: DrawConfig, device: torch.device | str | None = None
+    ) -> Artist:
+        """For a model that :func:`~ddpm_fast.training.checkpoints.load_model` gave.
+
+        Raises:
+            ValueError: guidance of a model that never saw an image without its class.
+        """
+        loss = loaded.config.loss
+        if config.guidance_scale is not None and loss.label_dropout == 0:
+            raise ValueError(
+                "a guidance scale is given, and the model was trained without label dropout: it "
+                "has not learned what images are like whose class is not told"
+            )
+        schedule = loaded.config.build_schedule()
+        return cls(loaded.model, schedule, loss.prediction, loss.variance, config, device)
+
+    def labels(self, ids: Sequence[int]) -> Tensor | None:
+        """The classes of these images, int64 [N], or None where the model has none."""
+        if self.num_classes is None:
+            return None
+        label = self.config.class_label
+        return torch.tensor([i % self.num_classes if label is None else label for i in ids])
+
+    def images(self, ids: Sequence[int], labels: Tensor | None = None) -> Tensor:
+        """The images of these numbers, uint8 [N, C, H, W] on the CPU.
+
+        Args:
+            ids: non-negative.
+            labels: int64 [N] in place of :meth:`labels`.
+
+        Raises:
+            FloatingPointError: the model gave NaN.
+        """
+        labels = self.labels(ids) if labels is None else labels
+        device = self._model.conv_in.weight.device
+        kwargs = {} if labels is None else {"class_labels": labels.to(device)}
+        x = self.sampler.sample(
+            [len(ids), *self.image_shape],
+            seed=self.config.seed,
+            sample_ids=list(ids),
+            model_kwargs=kwargs,
+            uncond_kwargs=None if self.config.guidance_scale is None else {"class_labels": None},
+        )
+        return to_uint8(x)
+
+    def fingerprint(self) -> str:
+        """Of all that decides what an image looks like, its number aside; 16 hexadecimal digits."""
+        digest = hashlib.blake2b(digest_size=8)
+        table = self.sampler.table
+        described = {
+            **asdict(self.config),
+            "unet": asdict(self._model.config),
+            "prediction": table.prediction,
+            "variance": table.variance,
+        }
+        digest.update(json.dumps(described, sort_keys=True).encode())
+        for tensor in (table.rows, table.timesteps, *self._model.state_dict().values()):
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+
+def name_of(sample_id: int) -> str:
+    """Of an image's file.
+
+    >>> name_of(4711)
+    '004711.png'
+    """
+    return f"{sample_id:06d}.png"
+
+
+def draw_folder(
+    artist: Artist,
+    out: Path,
+    num: int,
+    *,
+    batch_size: int = 64,
+    rank: int = 0,
+    world_size: int = 1,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> int:
+    """Images 0 … num − 1 as out/000000.png …, and out/grid.png of the first hundred.
+
+    Batch k, the images k · batch_size …, is drawn by process k mod world_size, unless all its files
+    are there. Each file is written whole or not at all and says in itself what it was drawn with.
+    The processes need not know of each other: whichever sees all of the grid's images writes it.
+
+    Returns:
+        How many images this process drew.
+
+    Raises:
+        FileExistsError: ``out`` holds an image drawn with other settings.
+        OSError: ``out`` cannot be written.
+        FloatingPointError: the model gave NaN.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(out, batch_size, rank, world_size)
+    fingerprint = artist.fingerprint()
+    mine = range(rank * batch_size, num, world_size * batch_size)
+    batches = [range(first, min(first + batch_size, num)) for first in mine]
+    if not overwrite:
+        batches = [ids for ids in batches if not _all_there(out, ids, fingerprint)]
+    drawn = sum(map(len, batches))
+    written: list[Future[None]] = []
+    with (
+        bar(progress, drawn, "drawing" if world_size == 1 else f"process {rank}") as shown_bar,
+        ThreadPoolExecutor(_WRITERS) as pool,
+    ):
+        for ids in batches:
+            images = artist.images(ids)
+            for future in written:
+                future.result()
+            written = [
+                pool.submit(_write, out, i, image, fingerprint)
+                for i, image in zip(ids, images, strict=True)
+            ]
+            shown_bar.update(len(ids))
+        for future in written:
+            future.result()
+    shown_ids = range(min(num, GRID_IMAGES))
+    if _all_there(out, shown_ids, fingerprint, others_may_be=overwrite):
+        pixels = torch.stack([read_png(out / name_of(i)) for i in shown_ids])
+        write_bytes(out / "grid.png", grid(pixels))
+    return drawn
+
+
+def _remove_leftovers(out: Path, batch_size: int, rank: int, world_size: int) -> None:
+    """What a process that was killed has left half written, of this process's images alone."""
+    for path in out.glob(".*.partial"):
+        stem = path.name[1:].partition(".")[0]
+        mine = stem == "grid" and rank == 0
+        if stem.isdecimal():
+            mine = int(stem) // batch_size % world_size == rank
+        if mine:
+            path.unlink(missing_ok=True)
+
+
+def _write(out: Path, sample_id: int, image: Tensor, fingerprint: str) -> None:
+    write_bytes(out / name_of(sample_id), png(image, _text(sample_id, fingerprint)))
+
+
+def _text(sample_id: int, fingerprint: str) -> str:
+    return json.dumps({"id": sample_id, "drawn_with": fingerprint})
+
+
+def _all_there(
+    out: Path, ids: Sequence[int], fingerprint: str, others_may_be: bool = False
+) -> bool:
+    """Whether all files of these images are there, and none of another model or other settings."""
+    found = 0
+    for i in ids:
+        path = out / name_of(i)
+        if not path.exists():
+            continue
+        if png_text(path) == _text(i, fingerprint):
+            found += 1
+        elif not others_may_be:
+            raise FileExistsError(
+                f"{shown(path)} is there, and was not drawn with this model and these settings"
+            )
+    return found == len(ids)
