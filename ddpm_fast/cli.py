@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 
 from . import __version__
-from .commands import demo, info, sample
+from .commands import demo, evaluate, info, sample, train
 
-COMMANDS = (info, demo, sample)
+COMMANDS = (info, demo, train, sample)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

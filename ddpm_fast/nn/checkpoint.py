@@ -22,12 +22,12 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _Config = TypeVar("_Config")
 
 
-def write_bytes(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, *parts: bytes | memoryview) -> None:
     """Writes a file whole or not at all."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
-            file.write(data)
+            file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -62,8 +62,17 @@ def write(
         "config": json.loads(json.dumps(dataclasses.asdict(config))),  # tuples as JSON has them
     }
     metadata = {"format": "pt", "config_sha256": _digest(description["config"])}
-    write_bytes(folder / WEIGHTS, to_bytes(tensors, metadata=metadata))
+    write_bytes(folder / WEIGHTS, *_in_order(to_bytes(tensors, metadata=metadata)))
     write_bytes(folder / CONFIG, (json.dumps(description, indent=2) + "\n").encode())
+
+
+def _in_order(data: bytes) -> tuple[bytes, memoryview]:
+    """A safetensors file whose metadata are sorted, so that equal weights are equal files."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return data[:8] + text.ljust(end - 8), memoryview(data)[end:]
 
 
 def load_config(

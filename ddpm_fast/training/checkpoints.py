@@ -334,4 +334,3 @@ def _prune(checkpoints: Path, keep: int) -> None:
         with contextlib.suppress(OSError):  # it takes room, nothing else
             os.rename(path, hidden)
             shutil.rmtree(hidden)
-
