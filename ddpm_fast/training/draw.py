@@ -91,6 +91,7 @@ class Artist:
         self.config, self.num_classes = config, classes
         self.image_shape = (model.config.in_channels, *[model.config.image_size] * 2)
         model.eval().to(device=device, dtype=DTYPES[config.precision])
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # 1.1 to 1.3 ×
         self.sampler = Sampler(
             model,
             schedule,

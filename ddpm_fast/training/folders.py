@@ -178,7 +178,7 @@ def open_folder(
             found |= _classes(list_images(root / name)[0]) or set()
     names, others = list_images(folder)
     if not names:
-        there = f"the {others} files there have other extensions" if others else "it is empty"
+        there = "the files there have other extensions" if others else "there are no files"
         raise FileNotFoundError(
             f"no images in {shown(folder)}: {there}; looked for {' '.join(sorted(EXTENSIONS))}"
         )
