@@ -127,7 +127,7 @@ def _denoising_loss(
     gradient_scale: float,
 ) -> tuple[Tensor, Tensor]:
     backend = select(model_output.device)
-    address = objective.Address(seed, seeds, sample_ids, stream, index, indices)
+    address = (seed, seeds, sample_ids, stream, index, indices)
     objective.check_values_on_host(address, t, ts, forward_weights.shape[0])
     losses, gradient = _outputs(model_output, with_gradient)
     model_output, layout = objective.model_layout(model_output, doubled)
@@ -212,7 +212,7 @@ def _reference(
     if x0 is not None:
         target = objective.unit(x0)
         if PREDICTIONS[prediction] == "v_prediction":
-            ts = objective.reference_timesteps(t, ts, len(forward_weights), *losses.shape, m.device)
+            ts = objective.reference_timesteps(t, ts, len(forward_weights), len(losses), m.device)
             signal, sigma = (reference.at(forward_weights[:, i], ts, eps) for i in (0, 1))
             target = reference.fma(signal, eps, -(sigma * target))
     weights = torch.ones_like(losses) if weights is None else weights

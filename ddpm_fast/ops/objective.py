@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,15 +16,8 @@ from .add_noise import X0_DTYPES
 SCRATCH_ELEMENTS = 128
 
 
-class Address(NamedTuple):
-    """Where ε is drawn: a seed, ids, and a draw's stream and index."""
-
-    seed: int
-    seeds: Tensor | None
-    sample_ids: Tensor | None
-    stream: int
-    index: int
-    indices: Tensor | None
+# Where ε is drawn: seed, seeds, sample_ids, stream, index, indices.
+Address = tuple[int, Tensor | None, Tensor | None, int, int, Tensor | None]
 
 
 def noise_address(
@@ -45,7 +37,7 @@ def noise_address(
         indices, index = index.contiguous(), 0
     else:
         index = checks.as_int("index", index, checks.MAX_INDEX)
-    return Address(seed, seeds, ids, stream, index, indices)
+    return seed, seeds, ids, stream, index, indices
 
 
 def timesteps(
@@ -103,9 +95,10 @@ def sample_weights(
 
 def check_values_on_host(address: Address, t: int, ts: Tensor | None, num_steps: int) -> None:
     """Raises ValueError for ids, indices and timesteps out of range, where they lie on the host."""
-    checks.check_ids_on_host(address.sample_ids)
-    if address.indices is not None:
-        checks.check_range_on_host("index", address.indices, checks.MAX_INDEX)
+    _, _, sample_ids, _, _, indices = address
+    checks.check_ids_on_host(sample_ids)
+    if indices is not None:
+        checks.check_range_on_host("index", indices, checks.MAX_INDEX)
     if ts is None:
         checks.as_int("t", t, num_steps)
     else:

@@ -183,7 +183,8 @@ def _run(
         vlb_table.vlb_rows(schedule, prediction, variance, device),
         PREDICTIONS.index(prediction),
         VARIANCES.index(variance),
-        *clip,
+        clip[0],
+        clip[1],
         CDFS.index(cdf),
         *objective.noise_address(*draw, samples, device),
         noise,
@@ -222,7 +223,7 @@ def _vlb_terms(
     gradient_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     backend = select(model_output.device)
-    address = objective.Address(seed, seeds, sample_ids, stream, index, indices)
+    address = (seed, seeds, sample_ids, stream, index, indices)
     objective.check_values_on_host(address, t, ts, rows.shape[0])
     total, parts, gradient = _outputs(model_output, with_gradient)
     doubled = VARIANCES[variance].startswith("learned")
@@ -323,7 +324,7 @@ def _reference(
         m, v = m.chunk(2, 1)
     x0 = objective.unit(x0)
     eps = objective.reference_noise(address, noise, m.shape, m.device)
-    ts = objective.reference_timesteps(t, ts, len(rows), *total.shape, m.device)
+    ts = objective.reference_timesteps(t, ts, len(rows), len(total), m.device)
     terms = vlb_table.terms(x0, eps, m, v, rows, ts, variance=variance, clip=clip, cdf=cdf)
     to_bits = vlb_table.bits_per_nat(m.shape)
     w_simple, w_vlb = (
