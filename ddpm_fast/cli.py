@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from . import __version__
 from .commands import demo, evaluate, info, sample, train
 
-COMMANDS = (info, demo, train, sample)
+COMMANDS = (info, demo, train, sample, evaluate)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
