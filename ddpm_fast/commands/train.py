@@ -106,7 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _train(arguments: argparse.Namespace, explicit: dict[str, Any], world: Any) -> int:
     from ..training.loop import Loop
     from ..training.runs import RunFolder, default_preset, opened_data, wanted_values
-    from ..training.trainer import Trainer
+    from ..training.trainer import Trainer, check
 
     folder = RunFolder(arguments.out)
 
@@ -123,6 +123,7 @@ def _train(arguments: argparse.Namespace, explicit: dict[str, Any], world: Any) 
     try:
         values = world.share(look)
         data, config = opened_data(values)
+        check(config, world, arguments.parallel)
         snapshot = world.share(lambda: folder.begin(config))
         if world.first:
             _show(arguments.quiet, folder.notes)

@@ -64,7 +64,7 @@ class Loop:
                     self._save()
                 batches = iter(loader)
                 while trainer.step_count < config.steps:
-                    stopped = self._step(batches, interrupts)
+                    stopped = self.step(batches, interrupts)
                     if stopped:
                         self._save()
                         return stopped
@@ -77,11 +77,16 @@ class Loop:
                 f"{error} (--on-bad-image skip takes another for it); {self._last_good()}"
             ) from error
         finally:
-            if self._journal is not None:
-                self._journal.close()
+            self.close()
         return 0
 
-    def _step(self, batches: Iterator[Batch], interrupts: Interrupts) -> int:
+    def close(self) -> None:
+        """Closes the log and the bar."""
+        if self._journal is not None:
+            self._journal.close()
+
+    def step(self, batches: Iterator[Batch], interrupts: Interrupts) -> int:
+        """A step and what is due after it; the number of a signal that came, or 0."""
         trainer, output = self._trainer, self._config.output
         trainer.step(batches)
         step = trainer.step_count

@@ -54,7 +54,7 @@ class Trainer:
     def __init__(self, config: RunConfig, world: World, parallel: Parallel = "ddp") -> None:
         self.config, self.world = config, world
         self.sharded = parallel == "fsdp"
-        _check(config, world, self.sharded)
+        check(config, world, parallel)
         self.part = config.batch_size // (world.size * config.grad_accum)
         torch.manual_seed(config.seed)
         model = UNet(config.unet)
@@ -315,7 +315,9 @@ class Trainer:
         )
 
 
-def _check(config: RunConfig, world: World, sharded: bool) -> None:
+def check(config: RunConfig, world: World, parallel: Parallel) -> None:
+    """Raises RunError where a config cannot be run by these processes."""
+    sharded = parallel == "fsdp"
     if config.batch_size % (world.size * config.grad_accum):
         raise RunError(
             f"batch_size must be a multiple of {world.size} processes × {config.grad_accum} parts "
