@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ class Loader:
         shuffle: False: position p is image p mod len(data).
         flip: mirror half of the samples left to right.
         workers: processes that read ahead; 0: the caller's reads, when a batch is asked for. By
-            default ``data.workers``. They ignore Ctrl-C, and end with the Loader or its process.
+            default ``data.workers``. They ignore Ctrl-C, and end with the iteration.
         prefetch: batches that each worker reads ahead.
         pin_memory: page-locked batches, for a GPU.
 
@@ -82,43 +83,56 @@ class Loader:
         self._requests = _Requests(len(data), positions, seed, shuffle, flip)
         self._reader = _Reader(data)
         self._pin_memory = pin_memory
-        self._processes: DataLoader[Any] | None = None
         workers = data.workers if workers is None else workers
         if workers < 0 or prefetch < 1:
             raise ValueError(
                 f"workers must be at least 0 and prefetch at least 1; got {workers}, {prefetch}"
             )
-        if workers:
-            self._processes = DataLoader(
-                self._reader,
-                batch_size=None,
-                sampler=self._requests,
-                num_workers=workers,
-                prefetch_factor=prefetch,
-                persistent_workers=True,
-                pin_memory=pin_memory,
-                collate_fn=_as_it_is,
-                worker_init_fn=_ignore_interrupts,
-                generator=torch.Generator(),  # it would draw from torch's own otherwise
-            )
+        self._workers, self._prefetch = workers, prefetch
+        self._running: Any = None
 
     def __iter__(self) -> Iterator[Batch]:
-        results: Iterator[_Result]
-        if self._processes is None:
-            results = (self._reader[request] for request in self._requests)
-        else:
-            results = _without_interrupts(self._processes)
-        for result in results:
-            if isinstance(result.outcome, Exception):
-                raise result.outcome
-            for index, error in result.bad_images.items():
-                self._reader.data.note_bad(index, error)
-            batch = result.outcome
-            yield batch.pin_memory() if self._pin_memory and self._processes is None else batch
+        """Starts the workers, which end with the iteration."""
+        self.close()
+        results: Iterator[_Result | Exception]
+        results = map(self._reader.__getitem__, self._requests)
+        if self._workers:
+            results = self._running = self._started()
+        try:
+            for result in results:
+                if isinstance(result, Exception):
+                    raise result
+                for index, error in result.bad_images.items():
+                    self._reader.data.note_bad(index, error)
+                batch = result.batch()
+                yield batch.pin_memory() if self._pin_memory else batch
+        finally:
+            _end(results)
 
     def close(self) -> None:
-        """Ends the workers."""
-        self._processes = None
+        """Ends the workers, and with them the iteration."""
+        _end(self._running)
+        self._running = None
+
+    def _started(self) -> Iterator[_Result | Exception]:
+        processes = DataLoader(
+            self._reader,
+            batch_size=None,
+            sampler=self._requests,
+            num_workers=self._workers,
+            prefetch_factor=self._prefetch,
+            collate_fn=_as_it_is,
+            worker_init_fn=_prepare_worker,
+            generator=torch.Generator(),  # it would draw from torch's own otherwise
+        )
+        if not hasattr(signal, "pthread_sigmask"):
+            return iter(processes)
+        # Ctrl-C is held back until each worker ignores it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return iter(processes)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def __enter__(self) -> Loader:
         return self
@@ -134,7 +148,8 @@ class Loader:
 
 @dataclass(frozen=True)
 class _Request:
-    """Arrays, not tensors, which would travel by shared memory."""
+    """Arrays throughout, which travel by a pipe: tensors would by shared memory, of which
+    containers have little."""
 
     indices: np.ndarray[Any, np.dtype[np.int64]]
     sample_ids: np.ndarray[Any, np.dtype[np.int64]]
@@ -143,15 +158,14 @@ class _Request:
 
 @dataclass(frozen=True)
 class _Result:
-    """An exception is handed over as it is: torch would wrap it in the worker's traceback."""
-
-    outcome: Batch | Exception
+    images: np.ndarray[Any, np.dtype[np.uint8]]
+    labels: np.ndarray[Any, np.dtype[np.int64]] | None
+    sample_ids: np.ndarray[Any, np.dtype[np.int64]]
     bad_images: dict[int, UnreadableImage]
 
-    def pin_memory(self) -> _Result:
-        if isinstance(self.outcome, Exception):
-            return self
-        return _Result(self.outcome.pin_memory(), self.bad_images)
+    def batch(self) -> Batch:
+        labels = None if self.labels is None else torch.from_numpy(self.labels)
+        return Batch(torch.from_numpy(self.images), labels, torch.from_numpy(self.sample_ids))
 
 
 class _Requests(Sampler[_Request]):
@@ -185,41 +199,41 @@ def _as_ids(positions: Sequence[int] | Tensor) -> Tensor:
     return torch.as_tensor(positions, dtype=torch.int64)
 
 
-class _Reader(Dataset[_Result]):
+class _Reader(Dataset[_Result | Exception]):
     """Carries out requests; a copy of it runs in each worker."""
 
     def __init__(self, data: ImageData) -> None:
         self.data = data
         self._told: set[int] = set()
 
-    def __getitem__(self, request: _Request) -> _Result:
+    def __getitem__(self, request: _Request) -> _Result | Exception:
         try:
             images, labels = self.data.batch(request.indices.tolist())
         except Exception as error:
-            return _Result(error, {})
+            return error  # raised by a worker, it would come wrapped in its traceback
         if request.mirrored is not None:
             rows = torch.from_numpy(request.mirrored.nonzero()[0])
             images[rows] = images[rows].flip(-1)
         new = {i: e for i, e in self.data.bad_images.items() if i not in self._told}
         self._told |= new.keys()
-        return _Result(Batch(images, labels, torch.from_numpy(request.sample_ids)), new)
+        return _Result(
+            images.numpy(), None if labels is None else labels.numpy(), request.sample_ids, new
+        )
 
 
 def _as_it_is(result: Any) -> Any:
     return result
 
 
-def _ignore_interrupts(_worker: int) -> None:
+def _prepare_worker(_worker: int) -> None:
     # Ctrl-C reaches the whole process group; the caller decides when the reading ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    gc.freeze()  # no finaliser of what it got from the caller runs here
 
 
-def _without_interrupts(processes: DataLoader[Any]) -> Iterator[_Result]:
-    """Starts the workers with Ctrl-C held back, until each of them ignores it."""
-    if not hasattr(signal, "pthread_sigmask"):
-        return iter(processes)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        return iter(processes)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+def _end(results: Any) -> None:
+    """Ends an iteration's workers now: left to the garbage collector, it could be another worker's,
+    forked meanwhile, and close what is not its own."""
+    shut_down = getattr(results, "_shutdown_workers", None)
+    if shut_down is not None:
+        shut_down()
