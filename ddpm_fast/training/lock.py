@@ -39,6 +39,7 @@ class RunLock:
             import fcntl
         except ImportError:
             raise RunError("runs are locked by flock, which this system does not have") from None
+        self._flock, self._unlock = fcntl.flock, fcntl.LOCK_UN
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -59,6 +60,7 @@ class RunLock:
     def release(self) -> None:
         if self._descriptor in _held:
             _held.remove(self._descriptor)
+            self._flock(self._descriptor, self._unlock)
             os.close(self._descriptor)
 
     def __enter__(self) -> RunLock:
