@@ -20,7 +20,6 @@ from .ops.add_noise import add_noise
 from .ops.checks import (
     FLOAT_DTYPES,
     as_int,
-    check_ids_on_host,
     check_range_on_host,
     noise_address,
     per_sample_int,
@@ -315,7 +314,6 @@ class DenoisingLoss:
             found = self._consecutive(key, sample_ids.start, samples, group, device)
             return (seed, *found)  # type: ignore[return-value]
         key, seeds, ids = noise_address(seed, sample_ids, samples, device)
-        check_ids_on_host(ids)
         seeds, ids = reference_address(key, seeds, ids, samples, device)
         return (seeds, ids, *self._draw(seeds, ids, group))
 

@@ -45,12 +45,10 @@ class ConsecutiveIds:
             self._key, begin = key, 0
         return tuple(v if v is None else v.narrow(0, begin, count) for v in self._values)
 
-    @torch.inference_mode(False)
     def _fill(
         self, seed: int, first: int, count: int, group_size: int, device: torch.device
     ) -> None:
-        count = min(count, (1 << 63) - first)
-        ids = torch.arange(count, device=device) + first
+        ids = torch.arange(count, device=device) + first  # past 2^63 they wrap, unseen
         seeds = torch.full((count,), seed, dtype=torch.int64, device=device)
         self._values = (ids, *self._draw(seeds, ids, group_size))
         self._first, self._held = first, count
@@ -74,6 +72,7 @@ class LossSecondMoment:
         self.history = torch.zeros(num_steps + 1, self.KEPT, dtype=torch.float64)
         self.counts = torch.zeros(num_steps + 1, dtype=torch.int64)
 
+    @torch.inference_mode(False)  # it will be updated in place
     def to(self, device: torch.device) -> LossSecondMoment:
         if self.history.device != device:
             self.history, self.counts = self.history.to(device), self.counts.to(device)
@@ -94,7 +93,7 @@ class LossSecondMoment:
         p = self.probabilities()
         cumulative = p.cumsum(0)
         u = (words.double() + 0.5) * 2.0**-32 * cumulative[-1]
-        t = torch.searchsorted(cumulative, u, right=True).clamp(max=len(p) - 1)
+        t = torch.searchsorted(cumulative, u, right=True)  # u is below the last
         return t, (1 / (len(p) * p[t])).float()
 
     def update(self, t: Tensor, losses: Tensor, group_size: int | None) -> None:
@@ -128,11 +127,10 @@ class TimestepWeights:
         key = (t.device, len(t))
         table = self._made.get(key)
         if table is None:
-            with torch.inference_mode(False):
-                if isinstance(self._weights, Tensor):
-                    table = (self._weights / scale).float().to(t.device)
-                else:
-                    table = torch.full((len(t),), self._weights / scale, device=t.device)
+            if isinstance(self._weights, Tensor):
+                table = (self._weights / scale).float().to(t.device)
+            else:
+                table = torch.full((len(t),), self._weights / scale, device=t.device)
             if len(self._made) >= 16:
                 self._made.clear()
             self._made[key] = table
@@ -153,6 +151,10 @@ def _of_all_processes(t: Tensor, losses: Tensor, width: int | None) -> tuple[Ten
         sizes = [torch.empty_like(size) for _ in range(world)]
         dist.all_gather(sizes, size)
         width = max(int(size) for size in sizes)
+    if len(t) > width:
+        raise ValueError(
+            f"group_size must be at least the {len(t)} samples of this process; got {width}"
+        )
     pairs = losses.new_full((width, 2), -1.0)
     pairs[: len(t), 0], pairs[: len(t), 1] = t.double(), losses
     everyones = [torch.empty_like(pairs) for _ in range(world)]

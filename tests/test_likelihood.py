@@ -478,7 +478,9 @@ def test_the_estimate_is_unbiased(evaluated):
     kurtosis = ((total - total.mean()) ** 4).mean() / total.var() ** 2
     spread = squares.var() / n + total.var() ** 2 * (kurtosis - 1) / n
     assert abs(squares.mean() - total.var()) < 5 * spread.sqrt()
-    times = (~some.vlb.isnan()).double().mean(0)  # how often each timestep was taken
+    taken = ~some.vlb.isnan()
+    assert (taken.sum(1) == evaluated).all()  # none twice
+    times = taken.double().mean(0)
     for begin, size, drawn in _strata(40, evaluated):
         share = drawn / size
         allowed = 5.5 * math.sqrt(share * (1 - share) / n)

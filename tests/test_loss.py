@@ -13,8 +13,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.profiler import ProfilerActivity, profile
 
 from ddpm_fast import DenoisingLoss, NoiseSchedule, add_noise, randn, reference
+from ddpm_fast.backends import select
 
 SCHEDULE = NoiseSchedule.cosine(1000)
 SHAPE = (6, 3, 5, 4)
@@ -272,8 +274,12 @@ def test_a_run_is_a_function_of_its_seed_and_goes_on_where_it_was(sampling):
     second.load_state_dict(first.state_dict())
     assert second.samples_seen == 48
     assert same(at_a_stretch, train(5, 8, second, model=half))
-    for key, value in loss.state_dict().items():
-        assert torch.equal(value, second.state_dict()[key])
+    end = loss.state_dict()
+    for key, value in second.state_dict().items():
+        assert torch.equal(value, end[key])
+    kept = {key: value.clone() for key, value in end.items()}
+    train(5, 3, loss)  # what was given out stays as it was
+    assert all(torch.equal(end[key], value) for key, value in kept.items())
 
 
 def test_ids_that_are_given_leave_the_count_alone():
@@ -402,6 +408,37 @@ def test_without_gradients():
     assert model.conv.weight.grad.abs().max() > 0
 
 
+EVERY_KIND = [
+    *({"timestep_sampling": sampling} for sampling in SAMPLINGS),
+    {"weighting": "p2", "prediction": "sample"},
+    {"objective": "vlb"},
+    {"objective": "hybrid", "variance": "learned_range"},
+    {"offset_noise": 0.1, "prediction": "v_prediction"},
+    {"label_dropout": 0.1, "null_label": 3},
+]
+
+
+@pytest.mark.parametrize("choices", EVERY_KIND, ids=str)
+def test_no_value_is_read_back(choices):
+    """On a device whose values cannot be read, as nobody should wait for a GPU's."""
+    w = torch.ones((), device="meta", requires_grad=True)
+    labels = torch.zeros(6, dtype=torch.int64, device="meta")
+
+    def model(x, t, class_labels):
+        return torch.cat([w * x] * (1 + ("variance" in choices)), 1)
+
+    loss = DenoisingLoss(SCHEDULE, **choices)
+    x0 = torch.zeros(SHAPE, device="meta")
+    arguments = {"seed": 0, "model_kwargs": {"class_labels": labels}}
+    with torch.inference_mode():
+        loss(model, x0, **arguments)
+    for ids in (None, None, IDS.to("meta")):
+        result = loss(model, x0, sample_ids=ids, **arguments)
+        result.loss.backward()
+        assert result.t.device == result.per_sample.device == w.grad.device == x0.device
+    loss(model, x0, t=T.to("meta"), **arguments)
+
+
 def test_a_model_may_change_what_it_gets():
     def model(x, t):
         t.mul_(0)
@@ -413,6 +450,30 @@ def test_a_model_may_change_what_it_gets():
     assert torch.equal(found.per_sample, expected.per_sample)
     again = loss(elementwise, images(), seed=1, sample_ids=range(6))
     assert torch.equal(again.per_sample, expected.per_sample)
+
+
+# Memory --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [{}, {"prediction": "v_prediction"}, {"objective": "vlb"}, {"weighting": "min_snr"}],
+)
+def test_no_noise_is_stored(choices):
+    """Of the images' size or more there are x_t, what the model says, the gradient that is made
+    with the loss, and what the model's backward makes of it: of float32 images, and of pixels."""
+    if select(torch.device("cpu")) == "reference":
+        pytest.skip("plain PyTorch stores what the kernels draw")
+    w = torch.tensor(0.5, requires_grad=True)
+    loss = DenoisingLoss(SCHEDULE, **choices)
+    shape = (16, 3, 16, 16)
+    for x0 in (images(shape), images(shape, torch.uint8)):
+        loss(lambda x, t: w * x, x0, seed=0).loss.backward()  # tables are made once
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+            loss(lambda x, t: w * x, x0, seed=0).loss.backward()
+        events = seen.profiler.kineto_results.events()
+        sizes = [event.nbytes() for event in events if event.name() == "[memory]"]
+        assert [size for size in sizes if size >= x0.numel()] == [4 * x0.numel()] * 4
 
 
 # Offset noise ------------------------------------------------------------------------------

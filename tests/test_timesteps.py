@@ -103,6 +103,10 @@ def test_looking_ahead_is_seldom_done():
     for step in range(130):
         ahead(0, 128 * step, 128, 1, torch.device("cpu"))
     assert asked == [128, 64 * 128, 64 * 128, 64 * 128]
+    last = 2**63 - 1
+    for first in (last - 40, last - 20, last - 1):  # and not beyond the last id
+        ids, _, _ = ahead(0, first, 2, 1, torch.device("cpu"))
+        assert ids.tolist() == [first, first + 1]
     asked.clear()
     for _ in range(3):  # there and back, as an evaluation in between does
         for seed in (1, 2):
@@ -269,36 +273,45 @@ def test_what_enters_the_history():
 # Several processes -----------------------------------------------------------------------------
 
 
-def one_of_two(rank, folder, group_size):
+def one_of_two(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    loss = DenoisingLoss(
-        NoiseSchedule.linear(3), timestep_sampling="loss_second_moment", group_size=group_size
-    )
-    parts = []
-    for step in range(6):
-        rows = (
-            range(10 * step, 10 * step + 7) if rank == 0 else range(10 * step + 7, 10 * step + 10)
+    for group_size in (None, 10):
+        loss = DenoisingLoss(
+            NoiseSchedule.linear(3), timestep_sampling="loss_second_moment", group_size=group_size
         )
-        x0 = torch.tensor(rows).float()[:, None] / 60
-        result = loss(zero, x0, seed=0, sample_ids=rows)
-        parts.append((result.t, result.per_sample.detach()))
-    torch.save((parts, loss.state_dict()), f"{folder}/{rank}.pt")
+        parts = []
+        for step in range(6):
+            first, end = (0, 7) if rank == 0 else (7, 10)
+            rows = range(10 * step + first, 10 * step + end)
+            result = loss(zero, torch.tensor(rows).float()[:, None] / 60, seed=0, sample_ids=rows)
+            parts.append((result.t, result.per_sample.detach()))
+        torch.save((parts, loss.state_dict()), f"{folder}/{group_size}-{rank}.pt")
+    small = DenoisingLoss(
+        NoiseSchedule.linear(3), timestep_sampling="loss_second_moment", group_size=2
+    )
+    with pytest.raises(ValueError, match=f"group_size must be at least the {end - first} samples"):
+        small(zero, torch.zeros(end - first, 1), seed=0)
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("group_size", [None, 10])
-def test_processes_share_their_histories(tmp_path, group_size):
+def test_processes_share_their_histories(tmp_path):
     """Two with 7 and 3 samples do what one with 10 does, and agree to the last bit."""
-    mp.spawn(one_of_two, args=(str(tmp_path), group_size), nprocs=2)
-    (first, state0), (second, state1) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    mp.spawn(one_of_two, args=(str(tmp_path),), nprocs=2)
     loss = DenoisingLoss(NoiseSchedule.linear(3), timestep_sampling="loss_second_moment")
+    results = []
     for step in range(6):
         rows = range(10 * step, 10 * step + 10)
-        result = loss(zero, torch.tensor(rows).float()[:, None] / 60, seed=0, sample_ids=rows)
-        assert torch.equal(torch.cat([first[step][0], second[step][0]]), result.t)
-        assert torch.equal(torch.cat([first[step][1], second[step][1]]), result.per_sample)
-    for name, value in loss.state_dict().items():
-        assert torch.equal(state0[name], value)
-        assert torch.equal(state1[name], value)
-    assert state0["loss_counts"].min() >= 10  # so that probabilities mattered
+        x0 = torch.tensor(rows).float()[:, None] / 60
+        results.append(loss(zero, x0, seed=0, sample_ids=rows))
+    expected = loss.state_dict()
+    assert expected["loss_counts"].min() >= 10  # so that probabilities mattered
+    for group_size in (None, 10):
+        files = [tmp_path / f"{group_size}-{rank}.pt" for rank in (0, 1)]
+        (first, state0), (second, state1) = map(torch.load, files)
+        for result, (t0, losses0), (t1, losses1) in zip(results, first, second, strict=True):
+            assert torch.equal(torch.cat([t0, t1]), result.t)
+            assert torch.equal(torch.cat([losses0, losses1]), result.per_sample)
+        for name, value in expected.items():
+            assert torch.equal(state0[name], value)
+            assert torch.equal(state1[name], value)
