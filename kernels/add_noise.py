@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .algebra import q_sample, unit_from_pixel
 from .launch import OPTIONS, SAMPLES_Y, cut, vector_of
-from .tile import draw, field, load, of_sample, sample_of, store
+from .tile import draw, draw_of, field, load, of_sample, sample_of, store, timestep_of
 
 
 @triton.jit(
@@ -45,13 +45,12 @@ def add_noise_tile_kernel(
     if n >= samples:
         return
     x0 = load(x0_ptr, n, tile, channels, pixels, lanes, TILING)
-    t = of_sample(ts_ptr, n, t)
-    t = tl.where((t < 0) | (t >= num_steps), num_steps - 1, t)
-    signal, sigma = tl.load(weights_ptr + 2 * t), tl.load(weights_ptr + 2 * t + 1)
+    weights_ptr += 2 * timestep_of(ts_ptr, n, t, num_steps)
+    signal, sigma = tl.load(weights_ptr), tl.load(weights_ptr + 1)
     if noise_ptr is None:
         seed, sample_id = of_sample(seeds_ptr, n, seed), of_sample(sample_ids_ptr, n, n)
-        index = (of_sample(indices_ptr, n, index) & 0xFFFFFF) | (stream << 24)
-        z = draw(tile, pixels, index.to(tl.uint32), seed, sample_id, TILING)
+        index = draw_of(indices_ptr, n, index, stream)
+        z = draw(tile, pixels, index, seed, sample_id, TILING)
     else:
         z = load(noise_ptr, n, tile, channels, pixels, lanes, TILING)
     x_t = ()

@@ -1,4 +1,5 @@
-"""The formulas of csrc/core/{add_noise,reverse_step,exp}.h on vectors, operation by operation."""
+"""The formulas of csrc/core/{add_noise,reverse_step,exp,denoising_loss,vlb_terms}.h on vectors,
+operation by operation."""
 
 import triton
 import triton.language as tl
@@ -40,8 +41,9 @@ def clip(x, lo, hi):
 
 
 @triton.jit
-def exp_clamped(x):
-    """exp(x) for x kept in [-87, 87]; NaN passes."""
+def exp_clamped_with_excess(x):
+    """exp(x) and exp(x) - 1 - x for x kept in [-87, 87], the second to full precision near 0 as
+    well; NaN passes."""
     x = clip(x, -87.0, 87.0)
     # Adding 1.5 * 2^23 leaves the nearest integer in the low bits of the sum.
     shifted = tl.fma(x, 1.4426950216293335, 12582912.0)
@@ -51,10 +53,18 @@ def exp_clamped(x):
     e = tl.fma(0.0013950478751212358, f, 0.008368882350623608)
     e = tl.fma(e, f, 0.04166620597243309)
     e = tl.fma(e, f, 0.1666651964187622)
-    e = tl.fma(e, f, 0.5)
-    e = tl.fma(e * f, f, f)
+    e = tl.fma(e, f, 0.5)  # (exp(f) - 1 - f) / f^2
+    minus_one = tl.fma(e * f, f, f)
     exponent = shifted.to(tl.uint32, bitcast=True) << 23
-    return (exponent + 0x3F800000).to(tl.float32, bitcast=True) * (e + 1.0)
+    exp = (exponent + 0x3F800000).to(tl.float32, bitcast=True) * (minus_one + 1.0)
+    return exp, tl.where(k == 0.0, e * f * f, exp - 1.0 - x)
+
+
+@triton.jit
+def exp_clamped(x):
+    """exp(x) for x kept in [-87, 87]; NaN passes."""
+    exp, _ = exp_clamped_with_excess(x)
+    return exp
 
 
 @triton.jit
@@ -74,3 +84,35 @@ def step_to(b_0, b_x, b_m, x0_hat, x, m, noise):
     """x' = fma(b_0, x0_hat, fma(b_x, x, fma(b_m, m, noise)))
     (Ho et al. 2020, eqs. 7, 11 and 15; Song et al. 2021, eq. 12)."""
     return tl.fma(b_0, x0_hat, tl.fma(b_x, x, tl.fma(b_m, m, noise)))
+
+
+@triton.jit
+def residual(PREDICTION: tl.constexpr, signal, sigma, m, x0, z):
+    """m - target, which is z, x_0 or v (Salimans & Ho 2022)."""
+    if PREDICTION == "epsilon":
+        return m - z
+    elif PREDICTION == "sample":
+        return m - x0
+    else:
+        return m - tl.fma(signal, z, -(sigma * x0))
+
+
+@triton.jit
+def log_ratio(VARIANCE: tl.constexpr, v, ratio_min, ratio_max, log_variance):
+    """The log of q's variance over p's, of the model's v."""
+    if VARIANCE == "learned":
+        return log_variance - v
+    elif VARIANCE == "learned_range":
+        return tl.fma(v + 1.0, 0.5 * (ratio_max - ratio_min), ratio_min)
+    else:
+        return ratio_min
+
+
+@triton.jit
+def kl_term(precision, ratio, error):
+    """A KL in nats, and what it changes by with x0_hat and with the ratio; error = x_0 - x0_hat
+    (Ho et al. 2020, eq. 5)."""
+    exp, excess = exp_clamped_with_excess(ratio)
+    scaled = precision * exp * error
+    by_ratio = 0.5 * tl.fma(scaled, error, excess + ratio)
+    return 0.5 * tl.fma(scaled, error, excess), -scaled, by_ratio

@@ -19,7 +19,7 @@ from .tile import Tiling
 # The kernels say where they mean a fused multiply-add; the compiler adds none.
 OPTIONS = {"enable_fp_fusion": False}
 SAMPLES_Y = 65_535  # the most that a grid's second dimension may have on NVIDIA's GPUs
-_ELEMENTS = 16  # of a thread: its loads of a float32 tensor are four of 16 bytes, all in flight
+ELEMENTS = 16  # of a thread: its loads of a float32 tensor are four of 16 bytes, all in flight
 
 
 class Cut(NamedTuple):
@@ -52,18 +52,26 @@ def warp_size() -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def cut(channels: int, pixels: int, channels_last: bool, vector: int, warp: int = 0) -> Cut:
+def cut(
+    channels: int,
+    pixels: int,
+    channels_last: bool,
+    vector: int,
+    warp: int = 0,
+    elements_of_thread: int = ELEMENTS,
+) -> Cut:
     """The cut of samples [channels, pixels]; warp: threads of one, those of this machine's if 0.
 
     Whole vectors where the sample is contiguous, or channels_last with 2 to 4 channels, and comes
-    out even; else single elements. A program has about 16 elements a thread, and as many of 128, 64
-    or 32 threads as leave at most an eighth of the lanes without work in a sample's last tile, or
-    else the fewest. Where a lane for each of the fewest threads is enough, it is that.
+    out even; else, and where vector is 1, single elements. A program has about elements_of_thread
+    elements a thread, and as many of 128, 64 or 32 threads as leave at most an eighth of the lanes
+    without work in a sample's last tile, or else the fewest. Where a lane for each of the fewest
+    threads is enough, it is that.
     """
     warp = warp or warp_size()
     elements = channels * pixels
     interleaved, count = (channels, pixels) if channels_last else (1, elements)
-    if interleaved > 4 or count % 4:
+    if interleaved > 4 or count % 4 or vector == 1:
         interleaved, of_lane, vector = 0, 4, 4
     else:
         # 8 pixels of 3 channels would take 150 registers a thread and more.
@@ -74,7 +82,7 @@ def cut(channels: int, pixels: int, channels_last: bool, vector: int, warp: int 
     lanes = -(-elements // lane)
     threads, of_thread = warp, 1
     if lanes > warp:
-        of_thread = max(_ELEMENTS // lane, 1)
+        of_thread = max(elements_of_thread // lane, 1)
         idle = {n: -lanes % (n * of_thread) for n in (128, 64, 32) if n >= warp}
         threads = min(idle, key=lambda n: max(8 * idle[n], lanes))
     tiling = Tiling(interleaved, of_lane, vector, threads * of_thread, channels_last)

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import OPTIONS, SAMPLES_Y, cut, vector_of
-from .tile import draw, of_sample, sample_of, store
+from .tile import draw, draw_of, of_sample, sample_of, store
 
 
 @triton.jit(
@@ -32,10 +32,10 @@ def randn_tile_kernel(
     n, tile = sample_of(SAMPLES_Y), tl.program_id(0).to(tl.int64)
     if n >= samples:
         return
-    index = (of_sample(indices_ptr, n, index) & 0xFFFFFF) | (stream << 24)
+    index = draw_of(indices_ptr, n, index, stream)
     seed = of_sample(seeds_ptr, n, seed)
     sample_id = of_sample(sample_ids_ptr, n, n)
-    z = draw(tile, pixels, index.to(tl.uint32), seed, sample_id, TILING)
+    z = draw(tile, pixels, index, seed, sample_id, TILING)
     store(out_ptr, n, tile, channels, pixels, lanes, z, TILING)
 
 

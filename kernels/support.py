@@ -8,7 +8,7 @@ import re
 
 import torch
 
-OPS = ("randn", "add_noise", "reverse_step")
+OPS = ("randn", "add_noise", "reverse_step", "denoising_loss", "vlb_terms")
 OLDEST = (3, 5)  # which has all that the kernels ask of the language
 _BRINGS = "torch's builds for GPUs bring it from torch 2.9 on"
 

@@ -47,6 +47,12 @@ def field(tiling, name):
     return getattr(tiling, name)
 
 
+@triton.constexpr_function
+def in_blocks(tiling, lanes):
+    """Of the same sample, into tiles of that many Philox blocks."""
+    return Tiling(int(tiling.channels == 1), 4, 4, lanes, tiling.channels_last)
+
+
 @triton.jit
 def sample_of(SAMPLES_Y: tl.constexpr):
     """The program's sample, int64; the grid is (tiles, at most SAMPLES_Y samples, the rest)."""
@@ -60,6 +66,19 @@ def of_sample(values_ptr, n, otherwise):
         return otherwise
     else:
         return tl.load(values_ptr + n)
+
+
+@triton.jit
+def timestep_of(ts_ptr, n, t, num_steps):
+    """A sample's timestep. One that lies on the device and is out of range is the last."""
+    t = of_sample(ts_ptr, n, t)
+    return tl.where((t < 0) | (t >= num_steps), num_steps - 1, t)
+
+
+@triton.jit
+def draw_of(indices_ptr, n, index, stream):
+    """A sample's draw, uint32: stream << 24 | index."""
+    return ((of_sample(indices_ptr, n, index) & 0xFFFFFF) | (stream << 24)).to(tl.uint32)
 
 
 @triton.jit
@@ -221,6 +240,45 @@ def load_halves(ptr, n, tile, channels, pixels, lanes, TILING: tl.constexpr):
             in_memory_order(parts, 0, 2 * CHANNELS, 1, TILING),
             in_memory_order(parts, CHANNELS, 2 * CHANNELS, 1, TILING),
         )
+
+
+@triton.jit
+def store_halves(
+    ptr, n, tile, channels, pixels, lanes, first_half, second_half, TILING: tl.constexpr
+):
+    """Writes what load_halves() reads."""
+    CHANNELS: tl.constexpr = field(TILING, "channels")
+    VECTORS: tl.constexpr = field(TILING, "vectors")
+    held = holds(tile, channels, pixels, lanes, TILING)
+    dtype = ptr.dtype.element_ty
+    if CHANNELS == 0:
+        first = elements_at(ptr, n, tile, channels, pixels, 2, 0, TILING)
+        second = elements_at(ptr, n, tile, channels, pixels, 2, 1, TILING)
+        tl.store(first, first_half[0].to(dtype), mask=held)
+        tl.store(second, second_half[0].to(dtype), mask=held)
+    elif CHANNELS == 1:
+        store(ptr, 2 * n, tile, channels, pixels, lanes, first_half, TILING)
+        store(ptr, 2 * n + 1, tile, channels, pixels, lanes, second_half, TILING)
+    else:
+        LANES: tl.constexpr = field(TILING, "lanes")
+        VECTOR: tl.constexpr = field(TILING, "vector")
+        parts = ()  # a lane's elements of the first half, then those of the second
+        for j in tl.static_range(VECTORS):
+            parts += unzipped(first_half[j], LANES, VECTOR)
+        for j in tl.static_range(VECTORS):
+            parts += unzipped(second_half[j], LANES, VECTOR)
+        pointers = vectors_at(ptr, n, tile, lanes, 2 * VECTORS, TILING)
+        for j in tl.static_range(2 * VECTORS):
+            vector = ()
+            for i in tl.static_range(VECTOR):
+                vector += (
+                    parts[
+                        (j * VECTOR + i) // (2 * CHANNELS) * CHANNELS
+                        + (j * VECTOR + i) % CHANNELS
+                        + (j * VECTOR + i) // CHANNELS % 2 * (VECTORS * VECTOR)
+                    ],
+                )
+            tl.store(pointers[j], zipped(vector).to(dtype), mask=held)
 
 
 @triton.jit
