@@ -18,6 +18,10 @@ from .dataset import ImageData
 from .images import UnreadableImage
 from .order import flips_at, images_at
 
+# Ctrl-C and a batch system's end reach the whole process group, and the caller's reading goes on
+# until it decides otherwise.
+_TO_THE_GROUP = (signal.SIGINT, signal.SIGTERM)
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -53,7 +57,7 @@ class Loader:
         shuffle: False: position p is image p mod len(data).
         flip: mirror half of the samples left to right.
         workers: processes that read ahead; 0: the caller's reads, when a batch is asked for. By
-            default ``data.workers``. They ignore Ctrl-C, and end with the iteration.
+            default ``data.workers``. They ignore Ctrl-C and SIGTERM, and end with the iteration.
         prefetch: batches that each worker reads ahead.
         pin_memory: page-locked batches, for a GPU.
 
@@ -127,8 +131,8 @@ class Loader:
         )
         if not hasattr(signal, "pthread_sigmask"):
             return iter(processes)
-        # Ctrl-C is held back until each worker ignores it.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        # They are held back until each worker ignores them.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _TO_THE_GROUP)
         try:
             return iter(processes)
         finally:
@@ -226,8 +230,8 @@ def _as_it_is(result: Any) -> Any:
 
 
 def _prepare_worker(_worker: int) -> None:
-    # Ctrl-C reaches the whole process group; the caller decides when the reading ends.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in _TO_THE_GROUP:
+        signal.signal(number, signal.SIG_IGN)
     gc.freeze()  # no finaliser of what it got from the caller runs here
 
 
