@@ -109,7 +109,7 @@ def frechet_distance(mean1: Any, covariance1: Any, mean2: Any, covariance2: Any)
 
     With Σᵢ = Aᵢ Aᵢᵀ, tr (Σ₁ Σ₂)^½ is the sum of the singular values of A₁ᵀ A₂, the roots of the
     eigenvalues of Σ₁^½ Σ₂ Σ₁^½. Taken from A₁ᵀ A₂ itself they need no root of a number that
-    rounding may have made negative, so singular covariances do no harm.
+    rounding may have made negative, and what is rounding in a singular Σᵢ is taken for 0.
 
     Args:
         mean1, mean2: [D].
@@ -149,7 +149,8 @@ def _factor(name: str, sigma: Array) -> Array:
     values, vectors = np.linalg.eigh((sigma + sigma.T) / 2)
     if values.min(initial=0.0) < -1e-8 * scale * len(sigma):
         raise ValueError(f"{name} must have no negative eigenvalue; got {values.min():g}")
-    return vectors * np.sqrt(values.clip(min=0.0))
+    rounding = len(sigma) * np.finfo(np.float64).eps * values.max(initial=0.0)
+    return vectors * np.sqrt(np.where(values > rounding, values, 0.0))
 
 
 class DigitsFeatures:
