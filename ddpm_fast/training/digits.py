@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from .. import reference
+from ..loss import DenoisingLoss
 from ..nn import UNet, UNetConfig
 from ..nn.checkpoint import write_bytes
-from ..ops.add_noise import STREAM as FORWARD_STREAM
-from ..ops.add_noise import add_noise
-from ..ops.randn import randn
 from ..sampler import Sampler
 from ..schedule import NoiseSchedule
+from .order import data_order
 
 REQUIRED_ACCURACY = 0.9
 
@@ -40,6 +37,7 @@ class DigitsConfig:
     learning_rate: float = 2e-3
     ema_decay: float = 0.995
     sampling_steps: int = 100
+    label_dropout: float = 0.1
     guidance_scale: float = 1.5
     samples_per_class: int = 50
     seed: int = 0
@@ -53,7 +51,7 @@ class DigitsConfig:
             num_heads=2,
             dropout=0.05,
             num_classes=10,
-            label_dropout=0.1,
+            label_dropout=0.0,  # the loss drops labels
             norm_groups=8,
         )
     )
@@ -96,9 +94,10 @@ def train(
     rate = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=config.learning_rate, total_steps=config.train_steps, pct_start=0.1
     )
+    objective = DenoisingLoss(
+        schedule, label_dropout=config.label_dropout, null_label=config.unet.num_classes
+    )
     losses = []
-    batches = _batches(digits, config)
-    seeds = torch.full((config.batch_size,), config.seed, dtype=torch.int64)
     bar = tqdm(
         range(config.train_steps),
         desc="training",
@@ -107,13 +106,15 @@ def train(
         disable=not progress,
     )
     for step in bar:
-        images, labels = next(batches)
-        # An id counts the samples seen before it, so that no two visits share their noise.
-        ids = torch.arange(step * config.batch_size, (step + 1) * config.batch_size)
-        t = reference.random_timesteps(len(schedule), seeds, ids)
-        x_t = add_noise(images, t, schedule, seed=config.seed, sample_ids=ids)
-        eps = randn(x_t.shape, seed=config.seed, sample_ids=ids, stream=FORWARD_STREAM)
-        loss = nn.functional.mse_loss(model(x_t, t, labels), eps)
+        chosen = data_order(
+            len(digits.train_labels), objective.samples_seen, config.batch_size, config.seed
+        )
+        loss = objective(
+            model,
+            digits.train_images[chosen],
+            seed=config.seed,
+            model_kwargs={"class_labels": digits.train_labels[chosen]},
+        ).loss
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -126,16 +127,6 @@ def train(
     averaged = ema.module
     assert isinstance(averaged, UNet)
     return averaged.eval(), losses
-
-
-def _batches(digits: Digits, config: DigitsConfig) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless shuffled passes over the training images, in batches of one size."""
-    order = torch.Generator().manual_seed(config.seed)
-    images, labels = digits.train_images, digits.train_labels
-    while True:
-        for chosen in torch.randperm(len(images), generator=order).split(config.batch_size):
-            if len(chosen) == config.batch_size:
-                yield images[chosen], labels[chosen]
 
 
 def to_pixels(x: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
