@@ -7,9 +7,14 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import missing_package, non_negative, positive
+
+if TYPE_CHECKING:
+    from ..training.config import RunConfig
+    from ..training.dataset import ImageData
+    from ..training.world import World
 
 PACKAGES = ("PIL", "safetensors", "tqdm")
 KILLED = 128  # a shell's status for a process that a signal ended, plus the signal
@@ -82,14 +87,14 @@ def run(arguments: argparse.Namespace) -> int:
 
     world: World | None = None
     try:
-        explicit = explicit_values(arguments)
         world = World(arguments.device)
+        explicit = world.together(lambda: explicit_values(arguments))
         return _train(arguments, explicit, world)
     except KeyboardInterrupt:
-        return _say("interrupted; the last good checkpoint is as it was", KILLED + 2)
-    except ConfigError as error:
         first = world is None or world.first
-        return _say(f"config: {error}", 2) if first else 2
+        return _say("interrupted; the last good checkpoint is as it was" if first else "", 130)
+    except ConfigError as error:
+        return _say(f"config: {error}", 2)
     except FailedElsewhere as error:
         if error.__cause__ is None:  # the first process has said why
             return error.status
@@ -103,7 +108,7 @@ def run(arguments: argparse.Namespace) -> int:
         return _say(str(known), known.status)
 
 
-def _train(arguments: argparse.Namespace, explicit: dict[str, Any], world: Any) -> int:
+def _train(arguments: argparse.Namespace, explicit: dict[str, Any], world: World) -> int:
     from ..training.loop import Loop
     from ..training.runs import RunFolder, default_preset, opened_data, wanted_values
     from ..training.trainer import Trainer, check
@@ -120,10 +125,14 @@ def _train(arguments: argparse.Namespace, explicit: dict[str, Any], world: Any) 
                 folder.notes.append(f"preset {name}, for want of --preset and --config")
         return wanted_values(explicit, name, folder.saved)
 
-    try:
-        values = world.share(look)
+    def opened() -> tuple[ImageData, RunConfig]:
         data, config = opened_data(values)
         check(config, world, arguments.parallel)
+        return data, config
+
+    try:
+        values = world.share(look)
+        data, config = world.together(opened)
         snapshot = world.share(lambda: folder.begin(config))
         if world.first:
             _show(arguments.quiet, folder.notes)
@@ -219,5 +228,6 @@ def _report(out: Path, step: int, steps: int, bad_images: dict[int, Any]) -> Non
 
 
 def _say(message: str, status: int) -> int:
-    print(f"ddpm-fast train: {message}", file=sys.stderr, flush=True)
+    if message:
+        print(f"ddpm-fast train: {message}", file=sys.stderr, flush=True)
     return status

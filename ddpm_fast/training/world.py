@@ -70,6 +70,28 @@ class World:
         shared: _T = result
         return shared
 
+    def together(self, work: Callable[[], _T]) -> _T:
+        """What ``work``, which all processes do, returns in this one, if it succeeds in all.
+
+        Raises:
+            Exception: what it raises, in the first process that it fails in; FailedElsewhere in the
+                others.
+        """
+        if self.size == 1:
+            return work()
+        failure: Exception | None = None
+        try:
+            result = work()
+        except Exception as error:
+            failure = error
+        mine = [float(failure is not None and rank == self.rank) for rank in range(self.size)]
+        failed = self.totals(mine)
+        if any(failed):
+            if failure is not None and failed.index(1) == self.rank:
+                raise failure
+            raise FailedElsewhere("another process has failed", getattr(failure, "status", 1))
+        return result
+
     def totals(self, values: Sequence[float]) -> list[float]:
         """The sums of the processes' numbers, the same bits in each."""
         if self.size == 1:
