@@ -64,7 +64,7 @@ class ScheduleConfig:
         """The schedule.
 
         >>> ScheduleConfig("cosine", 4000).build()
-        NoiseSchedule(num_steps=4000, terminal_snr=1.46e-10)
+        NoiseSchedule(num_steps=4000, terminal_snr=1.52e-10)
         """
         bounds = {"beta_start": self.beta_start, "beta_end": self.beta_end}
         given = {name: value for name, value in bounds.items() if value is not None}

@@ -40,7 +40,7 @@ class AddressedDropout(nn.Module):
     >>> address = SampleAddress(seed=0)
     >>> address.sample_ids = torch.arange(3)
     >>> AddressedDropout(0.5, address, 0)(torch.ones(3, 4))[1]
-    tensor([2., 0., 2., 2.])
+    tensor([0., 2., 2., 0.])
     """
 
     def __init__(self, p: float, address: SampleAddress, index: int) -> None:
