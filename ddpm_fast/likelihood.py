@@ -215,7 +215,8 @@ class _Bound:
         x0 = x0.to(device)
         kwargs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
         if isinstance(sample_ids, range):
-            sample_ids = torch.arange(sample_ids.start, sample_ids.stop, device=device)
+            ends = sample_ids.start, sample_ids.stop, sample_ids.step
+            sample_ids = torch.arange(*ends, device=device)
         elif isinstance(sample_ids, Tensor):
             sample_ids = sample_ids.to(device)
         key, _, ids = noise_address(seed, sample_ids, len(x0), device)

@@ -323,6 +323,9 @@ def test_the_split_into_batches_does_not_matter(num_timesteps, dtype):
     ids = [6, 0, 3, 2**40, 1, 2, 9]
     with_ids = bits_per_dim(model, x0, SCHEDULE, sample_ids=ids, **choices)
     assert not torch.equal(with_ids.total, expected.total)
+    every_second = bits_per_dim(model, x0, SCHEDULE, sample_ids=range(1, 14, 2), **choices)
+    listed = bits_per_dim(model, x0, SCHEDULE, sample_ids=[1, 3, 5, 7, 9, 11, 13], **choices)
+    assert_same(every_second, listed)
     for given in (ids, torch.tensor(ids)):
         found = bits_per_dim(model, x0.split(3), SCHEDULE, sample_ids=given, **choices)
         assert_same(found, with_ids)
