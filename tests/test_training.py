@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import math
 import os
 import signal
@@ -13,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from training_runs import (
+    assert_same_run,
     go_on,
     log_of,
     new_trainer,
@@ -61,8 +61,9 @@ def test_a_run_is_a_function_of_its_seed():
         {"optimizer": {"name": "adam", "clip_norm": None}, "grad_accum": 2},
         {"loss": {"timestep_sampling": "loss_second_moment"}, "schedule": {"num_steps": 4}},
         {"loss": {"timestep_sampling": "antithetic", "weighting": "min_snr"}, "precision": "bf16"},
+        {"loss": {"variance": "learned_range", "objective": "hybrid"}, "ema_rates": []},
     ],
-    ids=["adamw", "accumulated", "second moment", "bf16"],
+    ids=["adamw", "accumulated", "second moment", "bf16", "hybrid"],
 )
 def test_resumed_to_the_bit(tmp_path, over):
     """Through the files: weights, averages, the optimiser, the loss's history."""
@@ -139,9 +140,29 @@ def test_a_shorter_warm_up_moves_more():
     assert trainer.learning_rate == 2e-4
 
 
-def test_fp16_and_sharding_are_refused_where_they_do_not_work():
-    with pytest.raises(RunError, match="precision fp16 does not work on cpu: take bf16"):
-        new_trainer(tiny_config(precision="fp16"))
+def test_fp16_passes_over_a_step_that_overflows(tmp_path):
+    """The loss scale is halved, kept in checkpoints, and the run goes on."""
+    config = tiny_config(precision="fp16", steps=4)
+    trainer = new_trainer(config)
+
+    def overflow(grad):
+        return grad * math.inf if trainer.step_count == 2 else grad  # in the third step
+
+    trainer.model.conv_out.weight.register_hook(overflow)
+    go_on(trainer, 2)
+    before = weights(trainer)
+    go_on(trainer, 1)
+    assert not math.isfinite(trainer.read()[-1][2])
+    assert all(torch.equal(before[name], value) for name, value in weights(trainer).items())
+    kept = read_checkpoint(checkpoints.write_checkpoint(tmp_path, trainer.snapshot()))
+    assert kept.state["scaler"]["scale"] == 2.0**15
+    resumed = new_trainer(config)
+    resumed.restore(kept)
+    assert_same_weights(go_on(trainer, 1), go_on(resumed, 1))
+    assert not torch.equal(before["conv_in.weight"], weights(trainer)["conv_in.weight"])
+
+
+def test_sharding_takes_several_processes():
     with pytest.raises(RunError, match="fsdp takes several processes"):
         new_trainer(tiny_config(), "fsdp")
 
@@ -216,6 +237,21 @@ def test_samples_are_the_averages_and_change_nothing():
     assert all(torch.equal(before[name], value) for name, value in weights(trainer).items())
     one_by_one = trained(tiny_config(output={"num_samples": 1, "sampling_steps": 3}), 3).sample()
     assert (one_by_one[0].int() - images[0].int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize(
+    "over",
+    [
+        {"loss": {"prediction": "v_prediction"}, "schedule": {"zero_terminal_snr": True}},
+        {"loss": {"variance": "learned"}, "unet": {"num_classes": None}, "precision": "bf16"},
+        {"schedule": {"name": "jsd", "num_steps": 2}, "loss": {"prediction": "sample"}},
+    ],
+    ids=["zero snr", "learned, unconditional", "two steps"],
+)
+def test_samples_of_every_kind(over):
+    trainer = trained(tiny_config(output={"num_samples": 2, "sampling_steps": 3}, **over), 2)
+    assert trainer.sample().shape == (2, 1, 8, 8)
+    assert all(math.isfinite(loss) for loss in losses(trainer))
 
 
 # The loop ----------------------------------------------------------------------------------
@@ -297,31 +333,46 @@ def test_without_tensorboard(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "tensorboard").exists()
 
 
-@pytest.mark.parametrize("log_every", [1, 4])
-def test_a_loss_that_is_not_finite(tmp_path, log_every, monkeypatch):
-    """Stops with the step, the ids and the last good checkpoint, which stays good."""
-    config = tiny_config(output={"checkpoint_every": 2, "log_every": log_every})
-    data = tiny_images()
+def test_values_read_seldom_are_the_same(tmp_path):
+    """As on a GPU, which is waited for only where a line, a checkpoint or the end is due."""
+    config = tiny_config(steps=11, output={"log_every": 4, "checkpoint_every": 6})
+    looped(tmp_path / "each", config)
     trainer = new_trainer(config)
-    original = trainer.loss._measured
-    steps = iter(range(1, 10))
+    (tmp_path / "seldom").mkdir()
+    loop = Loop(trainer, tiny_images(), tmp_path / "seldom", None, quiet=True)
+    loop.reads_every_step = False
+    reads, read = [], trainer.read
+    trainer.read = lambda: reads.append(trainer.step_count) or read()
+    loop.run()
+    assert reads == [4, 6, 8, 11]
+    assert_same_run(tmp_path / "each", tmp_path / "seldom")
+
+
+@pytest.mark.parametrize(
+    ("reads_every_step", "bad_step", "where"),
+    [
+        (True, 4, "at step 4 (sample ids 24 … 31, of them not finite: 29)"),
+        (False, 3, "at step 3 (sample ids 16 … 23)"),  # seen at step 4, before it is saved
+    ],
+)
+def test_a_loss_that_is_not_finite(tmp_path, reads_every_step, bad_step, where, monkeypatch):
+    """Stops with the step, the ids and the last good checkpoint, which stays good."""
+    config = tiny_config(output={"checkpoint_every": 2, "log_every": 6})
+    trainer = new_trainer(config)
+    original, steps = trainer.loss._measured, iter(range(1, 10))
 
     def measured(*args):
         result = original(*args)
-        return (
-            result * torch.where(torch.arange(8) == 5, math.nan, 1.0)
-            if next(steps) == 4
-            else result
-        )
+        bad = torch.arange(8) == 5
+        return result.masked_fill(bad, math.nan) if next(steps) == bad_step else result
 
     monkeypatch.setattr(trainer.loss, "_measured", measured)
+    loop = Loop(trainer, tiny_images(), tmp_path, None, quiet=True)
+    loop.reads_every_step = reads_every_step
     with pytest.raises(RunError) as stopped:
-        Loop(trainer, data, tmp_path, None, quiet=True).run()
+        loop.run()
     last = tmp_path / "checkpoints" / "step-00000002"
-    assert str(stopped.value) == (
-        "the loss is nan at step 4 (sample ids 24 … 31, of them not finite: 29); the last good "
-        f"checkpoint is {last}"
-    )
+    assert str(stopped.value) == f"the loss is nan {where}; the last good checkpoint is {last}"
     assert stopped.value.status == 1
     assert load_model(tmp_path).path == last
     assert all(p.isfinite().all() for p in load_model(last).model.parameters())
@@ -383,7 +434,7 @@ def test_an_image_that_cannot_be_read(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_after_its_step(tmp_path, number):
-    config = tiny_config(steps=50)
+    config = tiny_config(steps=50, output={"log_every": 20})
     trainer = new_trainer(config)
     step = trainer.step
 
@@ -394,10 +445,13 @@ def test_a_signal_ends_the_run_after_its_step(tmp_path, number):
 
     trainer.step = interrupted
     before = signal.getsignal(number)
-    assert Loop(trainer, tiny_images(), tmp_path, None, quiet=True).run() == number
+    loop = Loop(trainer, tiny_images(), tmp_path, None, quiet=True)
+    loop.reads_every_step = number == signal.SIGINT
+    assert loop.run() == number
     assert signal.getsignal(number) is before
     start = read_checkpoint(tmp_path / "checkpoints" / "latest")
     assert start.step == 3
+    assert len(start.state["losses"]) == 3
     shorter = tiny_config(steps=6)
     _, resumed = looped(tmp_path, shorter, start=start)
     assert_same_weights(resumed, trained(shorter, 6))
@@ -434,10 +488,3 @@ def test_the_lock_is_the_process_alone(tmp_path):
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-
-
-def test_config_is_readable(tmp_path):
-    config = tiny_config()
-    values = json.loads(config.to_json())
-    assert values["unet"]["channels"] == [8, 8]
-    assert values["data"]["path"] == "digits"

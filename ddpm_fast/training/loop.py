@@ -36,6 +36,8 @@ class Loop:
         self._config, self._world = trainer.config, trainer.world
         self._checkpoints = out / "checkpoints"
         self._saved: int | None = None if start is None else start.step
+        # A GPU is waited for only where something is due.
+        self.reads_every_step = self._world.device.type == "cpu"
         self._last: tuple[float, float] = (math.nan, math.nan)
         self._journal: Journal | None = None
         if self._world.first:
@@ -55,7 +57,6 @@ class Loop:
             trainer.positions(),
             seed=config.seed,
             flip=config.data.flip,
-            workers=config.data.workers,
             pin_memory=self._world.device.type == "cuda",
         )
         try:
@@ -92,8 +93,7 @@ class Loop:
         step = trainer.step_count
         last = step == self._config.steps
         log, save = step % output.log_every == 0 or last, step % output.checkpoint_every == 0
-        # A GPU is waited for only where something is due.
-        read = trainer.read() if log or save or self._world.device.type == "cpu" else []
+        read = trainer.read() if log or save or self.reads_every_step else []
         stopped = self._exchange(read, interrupts.signal)
         if stopped and trainer.pending:
             self._exchange(trainer.read(), 0)

@@ -77,13 +77,9 @@ class RunFolder:
         self.checkpoint, broken = newest_whole(self.checkpoints)
         self._broken = list(broken)
         if broken:
-            last = (
-                "starting over" if self.checkpoint is None else f"going on from {self.checkpoint}"
-            )
             self.notes += [f"warning: {problem}" for problem in broken.values()]
-            self.notes.append(
-                f"warning: {last}, the last good one; the others are kept as broken-…"
-            )
+            on = "starting over" if self.checkpoint is None else f"going on from {self.checkpoint}"
+            self.notes.append(f"warning: {on}; what is broken is kept as broken-step-…")
         self.saved = self._saved()
 
     def begin(self, config: RunConfig) -> Snapshot | None:

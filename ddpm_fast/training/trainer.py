@@ -124,13 +124,13 @@ class Trainer:
     def step(self, batches: Iterator[Batch]) -> None:
         """Goes through as many parts as make this process's share, and moves the weights."""
         config, parts = self.config, self.config.grad_accum
-        self.step_count += 1
         total: Tensor | float = 0.0
         self.per_sample = []
         for part in range(parts):
             with self._synced(part == parts - 1):
                 total = total + self._part(next(batches), parts)
         self._scaler.unscale_(self._optimizer)
+        self.step_count += 1
         limit = config.optimizer.clip_norm
         norm: Any = nn.utils.clip_grad_norm_(
             self._parameters, math.inf if limit is None else limit, foreach=True
@@ -324,8 +324,7 @@ def check(config: RunConfig, world: World, parallel: Parallel) -> None:
             f"(grad_accum); got {config.batch_size}",
             2,
         )
-    if config.precision == "fp16" and (world.device.type != "cuda" or sharded):
-        where = "with fsdp" if sharded else f"on {world.device.type}"
-        raise RunError(f"precision fp16 does not work {where}: take bf16", 2)
+    if config.precision == "fp16" and sharded:
+        raise RunError("precision fp16 does not work with parallel fsdp: take bf16", 2)
     if sharded and world.size == 1:
         raise RunError("parallel fsdp takes several processes: start them with torchrun", 2)
