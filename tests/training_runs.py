@@ -71,13 +71,26 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in trainer.model.state_dict().items()}
 
 
-def command(*arguments: str | Path) -> list[str]:
+# A folder's images are read when they are asked for, however few they are.
+READS_FILES = """
+from ddpm_fast.training import data
+data.IN_MEMORY_BYTES = 0
+from ddpm_fast.cli import main
+raise SystemExit(main())
+"""
+
+
+def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "ddpm_fast.cli", "train", *map(str, arguments)]
 
 
-def torchrun(processes: int, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def torchrun(
+    processes: int, *arguments: object, program: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """``ddpm-fast train`` or another program in several processes."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    launcher += [f"--nproc-per-node={processes}", "-m", "ddpm_fast.cli", "train"]
+    launcher += [f"--nproc-per-node={processes}"]
+    launcher += ["-m", "ddpm_fast.cli", "train"] if program is None else [str(program), "train"]
     return subprocess.run(
         [*launcher, *map(str, arguments)], env=CHILD, capture_output=True, text=True, timeout=240
     )
