@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
@@ -24,6 +23,7 @@ from .ops.checks import FLOAT_DTYPES, as_int, noise_address, reference_address
 from .ops.randn import randn
 from .ops.reverse_step import check_clip
 from .ops.vlb_terms import vlb_terms
+from .progress import bar
 from .schedule import NoiseSchedule, Prediction, Variance, integer, one_of
 from .vlb_table import vlb_rows
 
@@ -140,13 +140,15 @@ def bits_per_dim(
         raise ValueError(f"batch_size must be at least 1; got {batch_size}")
     parts: list[BitsPerDim] = []
     position = 0
-    with _bar(progress, _num_batches(x0, batch_size), len(bound)) as bar:
+    batches = _num_batches(x0, batch_size)
+    total = None if batches is None else batches * len(bound)
+    with bar(progress, total, "likelihood", unit="step") as shown:
         for batch, kwargs in _batches(x0, batch_size, dict(model_kwargs or {})):
             following = position + len(batch)
             ids: Tensor | Sequence[int] = range(position, following)
             if sample_ids is not None:
                 ids = sample_ids[position:following]
-            parts.append(bound.of(batch, seed, ids, kwargs, bar))
+            parts.append(bound.of(batch, seed, ids, kwargs, shown))
             position = following
     if not parts:
         raise ValueError("x0 gave no batches")
@@ -399,19 +401,3 @@ def _num_batches(x0: Tensor | Iterable[Any], batch_size: int | None) -> int | No
     if isinstance(x0, Tensor):
         return 1 if batch_size is None else -(-len(x0) // batch_size)
     return len(x0) if isinstance(x0, Sized) else None
-
-
-class _NoBar:
-    def update(self) -> None:
-        pass
-
-
-def _bar(wanted: bool, batches: int | None, calls: int) -> contextlib.AbstractContextManager[Any]:
-    if not wanted:
-        return contextlib.nullcontext(_NoBar())
-    try:
-        from tqdm.auto import tqdm
-    except ImportError as error:
-        raise ImportError("progress=True needs tqdm: pip install tqdm") from error
-    total = None if batches is None else batches * calls
-    return tqdm(total=total, desc="likelihood", unit="step")

@@ -7,13 +7,22 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .ops.checks import FLOAT_DTYPES
+
 Model = Callable[..., Any]  # (x [N, C, …], t int64 [N], **model_kwargs) -> a tensor, or its .sample
 
 
 def call_model(
-    model: Model, x: Tensor, t: Tensor, kwargs: Mapping[str, Any], halves: int = 1
+    model: Model,
+    x: Tensor,
+    t: Tensor,
+    kwargs: Mapping[str, Any],
+    halves: int = 1,
+    where: str = "",
 ) -> Tensor:
     """What a model says: a float tensor of x's shape, of ``halves`` times its channels.
+
+    where: what an error adds about the call.
 
     Raises:
         TypeError, ValueError: it says something else.
@@ -27,11 +36,11 @@ def call_model(
             f"{type(output).__name__}"
         )
     expected = [x.shape[0], halves * x.shape[1], *x.shape[2:]]
-    if list(output.shape) != expected or not output.is_floating_point():
+    if list(output.shape) != expected or output.dtype not in (*FLOAT_DTYPES, x.dtype):
         why = ", twice x's channels for a learned variance" if halves == 2 else ""
         raise ValueError(
-            f"model must return a float tensor of shape {expected}{why}; got {output.dtype} "
-            f"{list(output.shape)}"
+            f"model must return a float tensor of shape {expected}{why}{where}; got "
+            f"{list(output.shape)} {output.dtype}"
         )
     return output
 

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 
 from . import reference
 from .backends import Backend, require, use_backend
+from .model import Model, call_model, first_parameter
 from .ops.checks import FLOAT_DTYPES, check_ids_on_host, dense, indexed, noise_address
 from .ops.randn import randn
 from .ops.reverse_step import check_clip, reverse_step
+from .progress import bar
 from .schedule import (
     EpsSource,
     Method,
@@ -32,7 +34,6 @@ from .schedule import (
     integer,
 )
 
-Model = Callable[..., Any]
 _NO_NAN = torch.iinfo(torch.int32).max
 
 
@@ -190,12 +191,12 @@ class Sampler:
         """
         run = _Run(self, shape, seed, sample_ids, x_T, start, model_kwargs, uncond_kwargs)
         x = run.x
-        with _bar(progress, len(run.rows)) as bar:
+        with bar(progress, len(run.rows), "sampling", unit="step") as shown:
             for step in run.steps(every_state=callback is not None):
                 x = step.x
                 if callback is not None:
                     callback(step)
-                bar.update()
+                shown.update()
         return x
 
     def stream(
@@ -250,7 +251,7 @@ class _Run:
                 "call model.eval() before sampling",
                 stacklevel=3,
             )
-        parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+        parameter = first_parameter(model)
         if x_T is not None and not isinstance(x_T, Tensor):
             raise TypeError(f"x_T must be a tensor; got {type(x_T).__name__}")
         if parameter is not None and parameter.dtype == torch.float64:
@@ -329,26 +330,12 @@ class _Run:
 
     def _call(self, x: Tensor, t: Tensor, kwargs: dict[str, Any], row: int) -> Tensor:
         version = x._version
+        halves = 1 if self.table.model_variance == "none" else 2
+        where = f", at step {row}, t = {self.timesteps[row]}"
         with torch.inference_mode():  # the model alone: the states are tensors without its limits
-            output = self.sampler.model(x, t, **kwargs)
+            output = call_model(self.sampler.model, x, t, kwargs, halves, where)
         if x._version != version:
             raise ValueError(f"the model changed its input x in place, at step {row}")
-        if not isinstance(output, Tensor):
-            output = getattr(output, "sample", output)
-        if not isinstance(output, Tensor):
-            raise TypeError(
-                "model must return a tensor, or an object whose .sample is one; "
-                f"got {type(output).__name__}"
-            )
-        expected = list(x.shape)
-        if self.table.model_variance != "none":
-            expected[1] *= 2
-        if list(output.shape) != expected or output.dtype not in FLOAT_DTYPES:
-            raise ValueError(
-                f"model must return a float tensor of shape {expected} (prediction "
-                f"{self.table.prediction!r}, variance {self.table.variance!r}); at step {row}, "
-                f"t = {self.timesteps[row]}, it returned {list(output.shape)} {output.dtype}"
-            )
         return output
 
     def _call_both(self, output: Tensor, x: Tensor, t: Tensor, row: int) -> tuple[Tensor, Tensor]:
@@ -436,18 +423,3 @@ def _raise_if_nan(nan_step: Tensor, timesteps: list[int]) -> None:
             f"the state turned NaN at step {row}, t = {timesteps[row]}: the output of the model "
             "(or of denoised_fn) is NaN or infinite there"
         )
-
-
-class _NoBar:
-    def update(self) -> None:
-        pass
-
-
-def _bar(wanted: bool, total: int) -> contextlib.AbstractContextManager[Any]:
-    if not wanted:
-        return contextlib.nullcontext(_NoBar())
-    try:
-        from tqdm.auto import tqdm
-    except ImportError as error:
-        raise ImportError("progress=True needs tqdm: pip install tqdm") from error
-    return tqdm(total=total, desc="sampling", unit="step")

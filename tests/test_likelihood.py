@@ -401,7 +401,7 @@ def test_progress(monkeypatch, capsys):
     bits_per_dim(model_of(), iter([images()]), SCHEDULE, num_timesteps=9, progress=True)
     assert "9step" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "tqdm.auto", None)
-    with pytest.raises(ImportError, match="progress=True needs tqdm: pip install tqdm"):
+    with pytest.raises(ImportError, match="a progress bar needs tqdm: pip install tqdm"):
         bits_per_dim(model_of(), images(), SCHEDULE, progress=True)
 
 

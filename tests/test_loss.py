@@ -634,8 +634,8 @@ def test_bad_models():
           model=lambda x, t: x[:, :2])  # fmt: skip
     fails(ValueError, r"shape \[6, 6, 5, 4\], twice x's channels for a learned variance; got",
           model=zero, choices={"variance": "learned"})  # fmt: skip
-    fails(ValueError, "float tensor .* got torch.int64", model=lambda x, t: x.long())
-    fails(TypeError, "model_output must be float32", model=lambda x, t: x.double())
+    fails(ValueError, "float tensor .* torch.int64", model=lambda x, t: x.long())
+    fails(ValueError, "float tensor .* torch.float64", model=lambda x, t: x.double())
 
     def broken(x, t):
         raise RuntimeError("out of memory, say")

@@ -348,7 +348,7 @@ X = torch.zeros(SHAPE)
         ({}, {"sample_ids": torch.tensor([0, 1, 2, -3])}, ValueError, "must not be negative"),
         ({}, {"seed": -1}, ValueError, "seed must lie in"),
         ({"model": lambda x, t: x[:, :2]}, {}, ValueError,
-         r"shape \[4, 3, 8, 8\].*at step 0, t = 950, it returned \[4, 2, 8, 8\]"),
+         r"shape \[4, 3, 8, 8\], at step 0, t = 950; got \[4, 2, 8, 8\]"),
         ({"model": lambda x, t: x, "variance": "learned"}, {}, ValueError, r"shape \[4, 6, 8, 8\]"),
         ({"model": lambda x, t: x.double()}, {}, ValueError, "float tensor of shape .*float64"),
         ({"model": lambda x, t: None}, {}, TypeError, "model must return a tensor, or an object"),

@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..progress import bar
 from ..schedule import integer
 from .dataset import ImageData, TensorImages
 from .folders import SPLITS, OnBadImage, open_folder
 from .images import MODES, UnreadableImage, fit, shown, to_mode
 from .loader import Batch, Loader
 from .order import data_order, flips
-from .progress import bar
 
 __all__ = [
     "Batch",

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from ..nn import UNet
 from ..nn.checkpoint import write_bytes
+from ..progress import bar
 from ..sampler import Sampler
 from ..schedule import Method, NoiseSchedule, Prediction, Spacing, Variance
 from .checkpoints import LoadedModel
 from .images import shown
 from .pictures import grid, png, png_text, read_png, to_uint8
-from .progress import bar
 
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -70,6 +70,13 @@ class Artist:
     Raises:
         ValueError: a class or guidance that the model has not learned, a method's argument out of
             range.
+
+    >>> from ddpm_fast import NoiseSchedule, UNet, UNetConfig
+    >>> config = UNetConfig(image_size=8, in_channels=1, channels=(32,), attention_resolutions=())
+    >>> schedule = NoiseSchedule.linear(4)
+    >>> artist = Artist(UNet(config), schedule, "epsilon", "fixed_small", DrawConfig(seed=7))
+    >>> artist.images([4711]).shape
+    torch.Size([1, 1, 8, 8])
     """
 
     def __init__(

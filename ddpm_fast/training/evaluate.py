@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ..likelihood import bits_per_dim
+from ..progress import bar
 from .checkpoints import LoadedModel
 from .data import ImageData, Loader
 from .draw import DTYPES, Artist, Precision
 from .frechet import FeatureExtractor, Moments
-from .progress import bar
 
 
 class _Batches:

@@ -12,7 +12,7 @@ class _NoBar:
 
 
 def bar(
-    wanted: bool, total: int, what: str, unit: str = "image"
+    wanted: bool, total: int | None, what: str, unit: str = "image"
 ) -> contextlib.AbstractContextManager[Any]:
     """A bar on stderr with an ``update(count)``, or one that shows nothing.
 
