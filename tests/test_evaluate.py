@@ -20,6 +20,15 @@ from ddpm_fast.training.evaluate import evaluate_bits_per_dim, evaluate_frechet
 from ddpm_fast.training.frechet import Moments
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """The model is too small for more, which wait for each other where processors are scarce."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     return write_run(tmp_path_factory.mktemp("runs") / "tiny")
