@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import signal
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -21,6 +23,7 @@ from .order import flips_at, images_at
 # Ctrl-C and a batch system's end reach the whole process group, and the caller's reading goes on
 # until it decides otherwise.
 _TO_THE_GROUP = (signal.SIGINT, signal.SIGTERM)
+_iterations: weakref.WeakSet[Any] = weakref.WeakSet()  # whose workers may be running
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ class Loader:
         results = map(self._reader.__getitem__, self._requests)
         if self._workers:
             results = self._running = self._started()
+            _iterations.add(results)
         try:
             for result in results:
                 if isinstance(result, Exception):
@@ -241,3 +245,9 @@ def _end(results: Any) -> None:
     shut_down = getattr(results, "_shutdown_workers", None)
     if shut_down is not None:
         shut_down()
+
+
+@atexit.register  # before multiprocessing's own, which waits for those that ignore SIGTERM
+def _end_all() -> None:
+    for results in list(_iterations):
+        _end(results)
