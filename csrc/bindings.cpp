@@ -94,6 +94,8 @@ PYBIND11_MODULE(_native, m) {
   gpu.def("randn", on_cuda(randn_params, cuda::randn));
   gpu.def("add_noise", on_cuda(add_noise_params, cuda::add_noise));
   gpu.def("reverse_step", on_cuda(reverse_step_params, cuda::reverse_step));
+  gpu.def("denoising_loss", on_cuda(denoising_loss_params, cuda::denoising_loss));
+  gpu.def("vlb_terms", on_cuda(vlb_terms_params, cuda::vlb_terms));
   gpu.def("driver_version", &cuda::driver_version);
   gpu.def("runtime_version", &cuda::runtime_version);
   // What the module holds: "sm_90" is machine code, "compute_90" PTX that a driver can compile.

@@ -20,6 +20,7 @@ from ddpm_fast.backends import native
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "tests" / "native" / "cuda_on_host.cpp"
+OPS = ["randn", "add_noise", "reverse_step", "denoising_loss", "vlb_terms"]
 
 
 @functools.cache
@@ -64,7 +65,7 @@ class AsNative:
         self.module = load()
 
     def __getattr__(self, name: str):
-        if name in ("randn", "add_noise", "reverse_step"):
+        if name in OPS:
             kernel = getattr(self.module, name)
             return lambda *arguments: kernel(*arguments[:-1])  # without the number of threads
         return getattr(native, name)

@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 BUDGETS = ROOT / "tests" / "data" / "cuda_instructions.json"
 ARCHS = ["80", "86", "89", "90", "100", "120"]
-OPS = ["randn", "add_noise", "reverse_step"]
+OPS = ["randn", "add_noise", "reverse_step", "denoising_loss", "vlb_terms"]
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def kernels_of(op: str, arch: str) -> list[Machine]:
 
 def _demangled(name: str) -> str:
     plain = subprocess.run(["c++filt", name], capture_output=True, text=True, check=True).stdout
-    body = re.search(r"tile_kernel<(.*), [\w:]+Params>", plain)
+    body = re.search(r"\w+_kernel<(.*), [\w:]+Params>", plain)
     assert body is not None, plain
     short = body[1].replace("ddpm_fast::", "").replace("cuda::", "").replace("> >", ">>")
     return re.sub(r"(\d)u>", r"\1>", short)

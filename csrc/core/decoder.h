@@ -21,9 +21,20 @@ struct DecoderTerm {
     using std::exp;
     using std::log;
 #endif
-    const Real inverse_std = exp(-log_std), half_bin = Real(1) / Real(255);
-    const Real upper = inverse_std * (x0 - mean + half_bin);
-    const Real lower = inverse_std * (x0 - mean - half_bin);
+    Real inverse_std, upper, lower;  // the bin's ends, in standard deviations from the mean
+    if constexpr (kNarrow) {         // 1/255 in two parts; past 14 nothing is left of either tail
+      inverse_std = exp_clamped<ScalarLanes>(-log_std);
+      const Real half_bin = 0x1.010102p-8f, rest = inverse_std * -0x1.fdfdfep-33f;
+      upper = ScalarLanes::fma(inverse_std, x0 - mean + half_bin, rest);
+      lower = ScalarLanes::fma(inverse_std, x0 - mean - half_bin, -rest);
+      upper = clip<ScalarLanes>(upper, -14.0f, 14.0f);
+      lower = clip<ScalarLanes>(lower, -14.0f, 14.0f);
+    } else {
+      const Real half_bin = Real(1) / Real(255);
+      inverse_std = exp(-log_std);
+      upper = inverse_std * (x0 - mean + half_bin);
+      lower = inverse_std * (x0 - mean - half_bin);
+    }
     const bool lowest = x0<Real(-0.999), highest = x0> Real(0.999);
     Real p;
     if (cdf == Cdf::kTanh) {
@@ -45,11 +56,20 @@ struct DecoderTerm {
   }
 
  private:
+  // float32, whose rounded arguments would cost the functions below z^2 times its precision.
+  static constexpr bool kNarrow = sizeof(Real) == sizeof(float);
+
   static DDPM_FAST_HD Real below(Real z) {
 #if !defined(__CUDACC__)
     using std::erfc;
+    using std::exp;
 #endif
-    return Real(0.5) * erfc(Real(-0.70710678118654752440) * z);
+    const Real y = Real(-0.70710678118654752440) * z;
+    if constexpr (kNarrow) {  // erfc(y + rest) by its derivative
+      const Real rest = ScalarLanes::fma(-0x1.6a09e6p-1f, z, -y) + -0x1.9fcef4p-27f * z;
+      return Real(0.5) * erfc(y) - Real(0.56418958354775628695) * exp(-y * y) * rest;
+    }
+    return Real(0.5) * erfc(y);
   }
   // The approximation that improved-diffusion makes.
   static constexpr Real kRoot = Real(0.79788456080286535588);  // sqrt(2 / pi)
@@ -65,7 +85,14 @@ struct DecoderTerm {
 #if !defined(__CUDACC__)
     using std::exp;
 #endif
-    if (cdf == Cdf::kExact) return Real(0.39894228040143267794) * exp(Real(-0.5) * z * z);
+    if (cdf == Cdf::kExact) {
+      const Real half = Real(-0.5) * z, exponent = half * z;
+      Real bell = exp(exponent);
+      if constexpr (kNarrow) {
+        bell = ScalarLanes::fma(bell, ScalarLanes::fma(half, z, -exponent), bell);
+      }
+      return Real(0.39894228040143267794) * bell;
+    }
     const Real tanh_z = tanh_of(z);
     return Real(0.5) * kRoot * (1 + 3 * kCubic * z * z) * (1 - tanh_z * tanh_z);
   }

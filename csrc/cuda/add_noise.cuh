@@ -10,13 +10,8 @@ namespace cuda {
 struct Weights {
   float signal, sigma;
 
-  // A timestep that lies on the device is brought into the schedule.
   DDPM_FAST_HD Weights(const AddNoiseParams& p, int64_t n) {
-    uint64_t t = p.t;
-    if (p.ts != nullptr) {
-      t = static_cast<uint64_t>(p.ts[n]);
-      if (t >= static_cast<uint64_t>(p.num_steps)) t = p.num_steps - 1;
-    }
+    const int64_t t = timestep_of(p, n);
     signal = p.weights[2 * t];
     sigma = p.weights[2 * t + 1];
   }

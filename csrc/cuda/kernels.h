@@ -4,8 +4,10 @@
 #pragma once
 
 #include "../core/add_noise.h"
+#include "../core/denoising_loss.h"
 #include "../core/randn.h"
 #include "../core/reverse_step.h"
+#include "../core/vlb_terms.h"
 
 namespace ddpm_fast {
 namespace cuda {
@@ -13,6 +15,8 @@ namespace cuda {
 const char* randn(const RandnParams& params, int device, void* stream);
 const char* add_noise(const AddNoiseParams& params, int device, void* stream);
 const char* reverse_step(const ReverseStepParams& params, int device, void* stream);
+const char* denoising_loss(const DenoisingLossParams& params, int device, void* stream);
+const char* vlb_terms(const VlbTermsParams& params, int device, void* stream);
 
 // As 1000 major + 10 minor: the highest CUDA that the driver runs, 0 if there is none, and the one
 // that the kernels were built with.

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../core/reverse_step.h"
-#include "tile.cuh"
+#include "halves.cuh"
 
 namespace ddpm_fast {
 namespace cuda {
@@ -63,14 +63,14 @@ struct ReverseStepTile {
     Values x, m, x0, z;
     at.template load<X>(p.x, x);
     const bool doubled = (kCan & kLearnedVariance) != 0 && p.variance != Variance::kNone;
-    load_model(p.model_output, doubled, 0, at, m);
+    load_half<M>(p.model_output, doubled, 0, at, m);
 
     const StepOfSample step(p, n);
     if constexpr ((kCan & kGuidance) != 0) {
       if (p.model_output_uncond != nullptr) {
         const float scale = p.guidance_scale_of(n);
         Values u;
-        load_model(p.model_output_uncond, doubled, 0, at, u);
+        load_half<M>(p.model_output_uncond, doubled, 0, at, u);
         DDPM_FAST_UNROLL
         for (int i = 0; i < kElements; ++i) m[i] = guided<ScalarLanes>(m[i], u[i], scale);
       }
@@ -81,7 +81,7 @@ struct ReverseStepTile {
     for (int i = 0; i < (kOwnSigma ? kElements : 1); ++i) sigma[i] = step.row.sigma;
     if constexpr (kOwnSigma) {
       if (is_learned(p.variance) && step.row.sigma != 0.0f) {
-        load_model(p.model_output, true, 1, at, sigma);
+        load_half<M>(p.model_output, true, 1, at, sigma);
         DDPM_FAST_UNROLL
         for (int i = 0; i < kElements; ++i) {
           sigma[i] = learned_sigma<ScalarLanes>(step.row, p.variance, sigma[i]);
@@ -118,29 +118,6 @@ struct ReverseStepTile {
       if (p.out_lowp != nullptr) at.template store<M>(p.out_lowp, x);
     }
     step.report(p.nan_step, nan);
-  }
-
-  // The lane's part of one half of a model's output. In channels_last a pixel's two halves lie side
-  // by side.
-  static DDPM_FAST_HD void load_model(const void* base, bool doubled, int half,
-                                      const Lane<Layout>& at, Values& out) {
-    if (!doubled) return at.template load<M>(base, out);
-    if constexpr (Layout::kChannels == 0) {
-      at.template load<M>(element(base, at.sample + half * at.elements, M::kSize), out);
-    } else {
-      float both[2 * kElements];
-      if (at.left <= 0) return;
-      DDPM_FAST_UNROLL
-      for (int i = 0; i < 2 * kElements; i += Layout::kVector) {
-        cuda::load<M, Layout::kVector>(element(base, 2 * at.first + i, M::kSize), both + i);
-      }
-      DDPM_FAST_UNROLL
-      for (int i = 0; i < kElements; ++i) {
-        constexpr int kChannels = Layout::kChannels;
-        const int pair = i / kChannels * 2 * kChannels + i % kChannels;
-        out[i] = half == 0 ? both[pair] : both[pair + kChannels];
-      }
-    }
   }
 };
 

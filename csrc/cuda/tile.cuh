@@ -48,6 +48,14 @@ inline Tiles tiles_of(const Shape& shape, int64_t tile_elements) {
   return {elements, count, per_sample, fast ? divider(per_sample) : Divider{}};
 }
 
+// A sample's timestep. One that lies on the device is brought into the schedule.
+template <class Params>
+DDPM_FAST_HD int64_t timestep_of(const Params& p, int64_t n) {
+  if (p.ts == nullptr) return p.t;
+  const uint64_t t = static_cast<uint64_t>(p.ts[n]), steps = static_cast<uint64_t>(p.num_steps);
+  return static_cast<int64_t>(t < steps ? t : steps - 1);
+}
+
 // The four normals of a Philox block: elements 4 * block .. 4 * block + 3 of a sample.
 DDPM_FAST_HD void draw_block(const NoiseKey& key, uint32_t block, float (&z)[4]) {
   uint32_t c[4] = {block, key.draw, static_cast<uint32_t>(key.sample),
@@ -57,6 +65,44 @@ DDPM_FAST_HD void draw_block(const NoiseKey& key, uint32_t block, float (&z)[4])
   box_muller<ScalarLanes>(c[0], c[1], z[0], z[1]);
   box_muller<ScalarLanes>(c[2], c[3], z[2], z[3]);
 }
+
+// The elements of one Philox block, one after the other.
+struct Block {
+  int64_t channels, pixels;  // of the shape
+  bool channels_last;
+  int64_t channel, pixel;  // of the element at hand
+  int count;               // 4, or fewer at the sample's end
+
+  DDPM_FAST_HD Block(int64_t channels, int64_t pixels, bool channels_last, int64_t channel,
+                     int64_t pixel, int count)
+      : channels(channels),
+        pixels(pixels),
+        channels_last(channels_last),
+        channel(channel),
+        pixel(pixel),
+        count(count) {}
+
+  // Any of any shape; past the sample's end it has no elements.
+  DDPM_FAST_HD Block(const Shape& shape, int64_t block)
+      : channels(shape.channels), pixels(shape.pixels), channels_last(shape.channels_last) {
+    const int64_t element = 4 * block, left = shape.elements() - element;
+    count = left < 4 ? (left > 0 ? static_cast<int>(left) : 0) : 4;
+    channel = element / pixels;
+    pixel = element - channel * pixels;
+  }
+  DDPM_FAST_HD void next() {
+    if (++pixel == pixels) pixel = 0, ++channel;
+  }
+  // In the sample, in memory order.
+  DDPM_FAST_HD int64_t offset() const {
+    return channels_last ? pixel * channels + channel : channel * pixels + pixel;
+  }
+  // In one half of a sample with twice as many channels.
+  DDPM_FAST_HD int64_t offset_in_half(int half) const {
+    return channels_last ? (2 * pixel + half) * channels + channel
+                         : (half * channels + channel) * pixels + pixel;
+  }
+};
 
 // Layouts: where a lane's vectors begin, counted in elements from the tile's first, and which noise
 // belongs to them. Vectors of a whole sample only: a tile's last may lie past its end, entirely.
@@ -84,12 +130,25 @@ struct Contiguous {
     const uint32_t first = tile * (kWarp * kElements / 4) + begin(lane) / 4;
     DDPM_FAST_UNROLL
     for (int i = 0; i < kElements / 4; ++i) {
-      constexpr int kBlocks = kVector / 4;  // of a vector
       float block[4];
-      draw_block(key, first + i / kBlocks * (kStride / 4) + i % kBlocks, block);
+      draw_block(key, first + past_first(i), block);
       DDPM_FAST_UNROLL
       for (int j = 0; j < 4; ++j) z[4 * i + j] = block[j];
     }
+  }
+
+  // The lane's i-th Philox block. Where it lies past the sample's end it has no elements.
+  static DDPM_FAST_HD Block block(const Shape& shape, uint32_t tile, int lane, int i) {
+    const int64_t elements = shape.elements();
+    const int64_t first = static_cast<int64_t>(tile) * kWarp * kElements + begin(lane);
+    const int64_t element = first + 4 * past_first(i);
+    return {1, elements, false, 0, element, element < elements ? 4 : 0};
+  }
+
+ private:
+  static DDPM_FAST_HD int past_first(int i) {
+    constexpr int kBlocks = kVector / 4;  // of a vector
+    return i / kBlocks * (kStride / 4) + i % kBlocks;
   }
 };
 
@@ -126,6 +185,13 @@ struct ChannelsLast {
         for (int j = 0; j < 4; ++j) z[(4 * i + j) * kChannels + c] = block[j];
       }
     }
+  }
+
+  static DDPM_FAST_HD Block block(const Shape& shape, uint32_t tile, int lane, int i) {
+    constexpr int kBlocks = kPixels / 4;  // of a channel
+    const int64_t pixel =
+        (static_cast<int64_t>(tile) * kWarp + lane) * kPixels + i % kBlocks * int64_t{4};
+    return {kChannels, shape.pixels, true, i / kBlocks, pixel, pixel < shape.pixels ? 4 : 0};
   }
 };
 
@@ -192,7 +258,9 @@ struct Lane {
   }
 };
 
-inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+inline bool aligned(const void* p, int64_t bytes = 16) {
+  return reinterpret_cast<uintptr_t>(p) % bytes == 0;
+}
 
 // Below this a warp has too little of a sample; one thread a Philox block has more lanes at work.
 constexpr int64_t kMinElements = 256;
@@ -218,45 +286,18 @@ bool visit_layout(const Shape& shape, const Visit& visit) {
   return false;
 }
 
-// The elements of one Philox block, for the shapes without vectors.
-struct Block {
-  int64_t channels, pixels;  // of the shape
-  bool channels_last;
-  int64_t channel, pixel;  // of the element at hand
-  int count;               // 4, or fewer at the sample's end
-
-  DDPM_FAST_HD Block(const Shape& shape, int64_t block)
-      : channels(shape.channels), pixels(shape.pixels), channels_last(shape.channels_last) {
-    const int64_t element = 4 * block, left = shape.elements() - element;
-    count = left < 4 ? static_cast<int>(left) : 4;
-    channel = element / pixels;
-    pixel = element - channel * pixels;
-  }
-  DDPM_FAST_HD void next() {
-    if (++pixel == pixels) pixel = 0, ++channel;
-  }
-  // In the sample, in memory order.
-  DDPM_FAST_HD int64_t offset() const {
-    return channels_last ? pixel * channels + channel : channel * pixels + pixel;
-  }
-  // In one half of a sample with twice as many channels.
-  DDPM_FAST_HD int64_t offset_in_half(int half) const {
-    return channels_last ? (2 * pixel + half) * channels + channel
-                         : (half * channels + channel) * pixels + pixel;
-  }
-};
-
 // Tile `tile` of a problem; lanes count from 0 to Body::kLanes - 1.
 template <class Body, class Params>
-DDPM_FAST_HD void run_tile(const Params& p, const Tiles& tiles, uint64_t tile, int lane) {
+DDPM_FAST_HD auto run_tile(const Params& p, const Tiles& tiles, uint64_t tile, int lane) {
   if constexpr (Body::kLanes == kWarp) {  // count < 2^31: 2^40 elements lie in no memory
     const uint32_t i = static_cast<uint32_t>(tile), n = tiles.by_sample.quotient(i);
-    Body::run(p, tiles, n, i - n * static_cast<uint32_t>(tiles.per_sample), lane);
+    return Body::run(p, tiles, n, i - n * static_cast<uint32_t>(tiles.per_sample), lane);
   } else {
     const uint64_t n = tiles.count >> 31 == 0
                            ? tiles.by_sample.quotient(static_cast<uint32_t>(tile))
                            : tile / tiles.per_sample;
-    Body::run(p, tiles, static_cast<int64_t>(n), static_cast<int64_t>(tile - n * tiles.per_sample));
+    return Body::run(p, tiles, static_cast<int64_t>(n),
+                     static_cast<int64_t>(tile - n * tiles.per_sample));
   }
 }
 

@@ -3,12 +3,16 @@
 // that has no GPU. Tests compile this file (tests/cuda_on_host.py); it is no part of the package.
 #include <pybind11/pybind11.h>
 
+#include <limits>
+#include <memory>
 #include <string>
 
 #include "../../csrc/arguments.h"
 #include "../../csrc/cuda/add_noise.cuh"
+#include "../../csrc/cuda/denoising_loss.cuh"
 #include "../../csrc/cuda/randn.cuh"
 #include "../../csrc/cuda/reverse_step.cuh"
+#include "../../csrc/cuda/vlb_terms.cuh"
 
 namespace py = pybind11;
 using namespace ddpm_fast;
@@ -46,6 +50,51 @@ auto on_host(Params (*make)(Args...), Visit visit) {
   };
 }
 
+// The scratch memory that ddpm_fast/ops/objective.py provides, NaN.
+std::unique_ptr<float[]> scratch_of(const Shape& shape, int sums) {
+  const int64_t floats = shape.samples * ((shape.elements() + 127) / 128) * sums;
+  std::unique_ptr<float[]> scratch(new float[floats]);
+  for (int64_t i = 0; i < floats; ++i) scratch[i] = std::numeric_limits<float>::quiet_NaN();
+  return scratch;
+}
+
+// Both kernels of an op that adds up: what launch_sums.cuh does, in its order of additions.
+template <class Body, class Finish, class Params>
+void add_up_all(Params params) {
+  constexpr int kSums = Finish::kSums;
+  using Sums = cuda::Sums<kSums>;
+  using TotalSums = cuda::Sums<kSums, cuda::TwoFloats>;
+  const cuda::Tiles tiles = cuda::tiles_of(params.shape, Body::kTile);
+  const auto scratch = scratch_of(params.shape, kSums);
+  params.scratch = scratch.get();
+  last_body = name_of<Body>();
+  for (uint64_t tile = tiles.count; tile-- > 0;) {
+    Sums lanes[cuda::kWarp];
+    for (int i = cuda::kWarp; i-- > 0;) lanes[i] = cuda::run_tile<Body>(params, tiles, tile, i);
+    cuda::put_share(params.scratch, tile, cuda::add_lanes(lanes));
+  }
+  const int threads = cuda::threads_for(tiles.per_sample);
+  for (int64_t n = params.shape.samples; n-- > 0;) {
+    TotalSums lanes[cuda::kThreads];
+    for (int i = 0; i < threads; ++i) {
+      lanes[i] = cuda::add_shares<kSums>(params.scratch, n, tiles.per_sample, i, threads);
+    }
+    TotalSums sums = cuda::add_lanes(lanes);
+    for (int i = cuda::kWarp; i < threads; i += cuda::kWarp) sums += cuda::add_lanes(lanes + i);
+    Finish::run(params, n, sums);
+  }
+}
+
+template <class Block, class Finish, class Scaled, class Params, class Visit, class... Args>
+auto adding_up_on_host(Params (*make)(Args...), Visit visit) {
+  return [=](Args... args) {
+    const Params params = make(args...);
+    const Scaled scaled(params);
+    if (blocks_only) return add_up_all<Block, Finish>(scaled);
+    visit(params, [&](auto body) { add_up_all<decltype(body), Finish>(scaled); });
+  };
+}
+
 uint32_t quotient(uint32_t n, uint32_t divisor) { return cuda::divider(divisor).quotient(n); }
 
 }  // namespace
@@ -62,6 +111,15 @@ PYBIND11_MODULE(_native, m) {
                                                         [](const auto& params, const auto& run) {
                                                           cuda::visit_reverse_step(params, run);
                                                         }));
+  m.def("denoising_loss", adding_up_on_host<cuda::DenoisingLossBlock, cuda::DenoisingLossFinish,
+                                            cuda::ScaledDenoisingLossParams>(
+                              denoising_loss_params, [](const auto& params, const auto& run) {
+                                cuda::visit_denoising_loss(params, run);
+                              }));
+  m.def("vlb_terms",
+        adding_up_on_host<cuda::VlbTermsBlock, cuda::VlbTermsFinish, cuda::ScaledVlbTermsParams>(
+            vlb_terms_params,
+            [](const auto& params, const auto& run) { cuda::visit_vlb_terms(params, run); }));
   m.def("last_body", [] { return last_body; });
   m.def("set_blocks_only", [](bool only) { blocks_only = only; });
   m.def("set_most_tiles", [](uint64_t most) { most_tiles = most; });  // the last ones
