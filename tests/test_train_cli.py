@@ -24,6 +24,7 @@ from ddpm_fast.training.checkpoints import load_model, read_checkpoint, steps_in
 from ddpm_fast.training.data import data_order
 from ddpm_fast.training.fields import merged
 from ddpm_fast.training.lock import RunLock
+from ddpm_fast.training.pictures import read_png
 
 
 @pytest.fixture
@@ -214,6 +215,7 @@ def test_two_processes_are_one(tmp_path, config, images, parallel):
         2,
     ]
     common += ["--set", "data.flip=true", "--device", "cpu", "--checkpoint-every", 2]
+    common += ["--sample-every", 4, "--set", "output.sampling_steps=2"]
     one, two = tmp_path / "one", tmp_path / "two"
     assert train(*common, "--out", one) == 0
     done = torchrun(2, *common, "--out", two, "--parallel", parallel, "--steps", 4)
@@ -223,6 +225,8 @@ def test_two_processes_are_one(tmp_path, config, images, parallel):
     for a, b in zip(log_of(one), log_of(two), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=3e-6)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+    pictures = [read_png(out / "samples" / "step-00000004.png").int() for out in (one, two)]
+    assert (pictures[0] - pictures[1]).abs().max() <= 1
     a, b = (read_checkpoint(out / "checkpoints" / "latest") for out in (one, two))
     for found, expected in ((a.model, b.model), (a.averages[0.9], b.averages[0.9])):
         assert found.keys() == expected.keys()

@@ -411,6 +411,16 @@ def test_a_disk_that_fills(tmp_path, monkeypatch):
     assert_same_weights(resumed, trained(config, 6))
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_log_that_cannot_be_written(tmp_path):
+    trainer = new_trainer(tiny_config(output={"checkpoint_every": 2, "log_every": 3}))
+    loop = Loop(trainer, tiny_images(), tmp_path, None, quiet=True)
+    loop._journal._log = open("/dev/full", "w", buffering=1)  # noqa: SIM115
+    with pytest.raises(RunError, match=r"No space left on device; the last good .*step-00000002"):
+        loop.run()
+    assert load_model(tmp_path).step == 2
+
+
 def test_an_image_that_cannot_be_read(tmp_path):
     """Found when it is its turn, in a folder too large for memory."""
     from ddpm_fast.training.data import open_data

@@ -80,6 +80,15 @@ def add_parser(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     if missing_package("train", "train", PACKAGES):
         return 2
+    from ..training.world import leave
+
+    status = _told(arguments)
+    leave(status)
+    return status
+
+
+def _told(arguments: argparse.Namespace) -> int:
+    """The status, after a line about what went wrong."""
     from ..training.errors import FailedElsewhere, RunError
     from ..training.fields import ConfigError
     from ..training.loop import explained
@@ -109,6 +118,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace, explicit: dict[str, Any], world: World) -> int:
+    from ..training.errors import RunError
     from ..training.loop import Loop
     from ..training.runs import RunFolder, default_preset, opened_data, wanted_values
     from ..training.trainer import Trainer, check
@@ -137,8 +147,6 @@ def _train(arguments: argparse.Namespace, explicit: dict[str, Any], world: World
         if world.first:
             _show(arguments.quiet, folder.notes)
         if snapshot is not None and snapshot.state["num_images"] != len(data):
-            from ..training.errors import RunError
-
             raise RunError(
                 f"data.path {config.data.path} has {len(data)} images; the run began with "
                 f"{snapshot.state['num_images']}, and their order would be another",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -96,11 +97,10 @@ class Journal:
             self._board.add_image("samples", read_png(path).numpy(), step)
 
     def close(self) -> None:
-        self._log.close()
-        if self._board is not None:
-            self._board.close()
-        if self._bar is not None:
-            self._bar.close()
+        for part in (self._log, self._board, self._bar):
+            if part is not None:
+                with contextlib.suppress(OSError):  # of a full disk, which was told already
+                    part.close()
 
     def _forget_after(self, step: int) -> None:
         path = self._out / LOG

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -102,8 +103,9 @@ class World:
         return result
 
     def close(self) -> None:
-        """Leaves the group. Not after a failure: it would wait for the others."""
+        """Leaves the group when all have come to it. Not after a failure: they would not come."""
         if self.size > 1 and dist.is_initialized():
+            self.totals([0.0])
             dist.destroy_process_group()
 
     def _with_peers(self, work: Callable[[], object]) -> None:
@@ -111,6 +113,15 @@ class World:
             work()
         except RuntimeError as error:
             raise FailedElsewhere(f"lost the other processes: {_first_line(error)}") from error
+
+
+def leave(status: int) -> None:
+    """Ends one of several processes without the interpreter's own end, at which a thread of gloo's
+    now and then aborts it: 3 of some 25 runs with fsdp, torch 2.13. For one process, nothing."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def lost_peers(error: BaseException) -> bool:
