@@ -272,6 +272,27 @@ def test_hybrid(variance, prediction, layout, isa):
     assert torch.equal(gradient.chunk(2, 1)[1], of_both.chunk(2, 1)[1])
 
 
+def test_variances_close_to_qs(isa):
+    """½ (e^r − 1 − r) keeps its digits where r is near 0, and e^r − 1 in the gradient does."""
+    x0 = pixels((4, 1, 8, 8))
+    eps = randn(x0.shape, seed=3, stream=2)
+    t = torch.tensor([40, 100, 150, 190])
+    v = torch.linspace(-1 + 2**-14, -1 + 2**-6, 64).reshape(1, 1, 8, 8).expand_as(eps)
+    wide = reference.unit_from_pixel(x0)
+    arguments = {"prediction": "sample", "variance": "learned_range", "seed": 3}
+    found, gradient = run(vlb_terms, torch.cat([wide, v], 1), x0, t, SCHEDULE, **arguments)
+    rows = vlb_table.vlb_rows(SCHEDULE, "sample", "learned_range", x0.device).double()
+    exact = vlb_table.terms(
+        wide.double(), eps.double(), wide.double(), v.double(), rows, t,
+        variance="learned_range", clip=(-math.inf, math.inf), cdf="exact",
+    )  # fmt: skip
+    to_bits = vlb_table.bits_per_nat(x0.shape)
+    expected = exact.nats.flatten(1).sum(1) * to_bits
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+    by_v = gradient.chunk(2, 1)[1].double()
+    torch.testing.assert_close(by_v, exact.by_v * to_bits, rtol=1e-5, atol=0)
+
+
 def test_clip_holds_the_gradient():
     x0 = torch.zeros(1, 1, 1, 4)
     output = torch.tensor([-3.0, -0.5, 0.5, math.nan]).reshape(1, 1, 1, 4)

@@ -224,6 +224,13 @@ def runs_now(*tensors: Tensor | None) -> bool:
 
     The dispatcher costs 0.2 µs an argument, more than half of a small step's time.
     """
+    return is_eager(*tensors) and not (
+        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    )
+
+
+def is_eager(*tensors: Tensor | None) -> bool:
+    """Whether nothing traces or transforms: plain tensors, and at most reverse-mode derivatives."""
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
@@ -231,13 +238,15 @@ def runs_now(*tensors: Tensor | None) -> bool:
         or (tensors[0] is not None and tensors[0].is_meta)
     ):
         return False
-    grad = torch.is_grad_enabled()
     for tensor in tensors:
-        if tensor is not None and (type(tensor) is not Tensor or (grad and tensor.requires_grad)):
+        if tensor is not None and type(tensor) not in _PLAIN:
             return False
     if forward_ad._current_level >= 0:
         _refuse_tangents(tensors)
     return True
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _refuse_tangents(tensors: Sequence[Tensor | None]) -> None:

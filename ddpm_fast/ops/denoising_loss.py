@@ -8,7 +8,6 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import reference
 from ..backends import DTYPES, kernel_of, select, triton_launcher
@@ -86,11 +85,12 @@ def denoising_loss(
     objective.check_noise(noise, shape, device)
     weights = objective.sample_weights("weights", weights, samples, device)
     address = objective.noise_address(seed, sample_ids, stream, index, samples, device)
-    run = _denoising_loss
-    if not checks.runs_now(model_output, x0, noise):
-        run = torch.ops.ddpm_fast.denoising_loss.default
-    losses: Tensor = run(
+    losses: Tensor = objective.run_op(
+        torch.ops.ddpm_fast.denoising_loss.default,
+        _denoising_loss,
         model_output,
+        (x0, noise),
+        0,
         None if prediction == "epsilon" else x0,
         t,
         ts,
@@ -100,8 +100,6 @@ def denoising_loss(
         *address,
         noise,
         weights,
-        objective.wants_gradient(model_output),
-        objective.gradient_scale(model_output),
     )[0]
     return losses
 
@@ -234,21 +232,13 @@ def _denoising_loss_fake(model_output: Tensor, *args: Any) -> tuple[Tensor, Tens
     return _outputs(model_output, args[-2])
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.scale = inputs[-1]
-    ctx.inputs = len(inputs)
-    ctx.save_for_backward(output[1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-@once_differentiable
-def _backward(ctx: Any, upstream: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-    (gradient,) = ctx.saved_tensors
-    found = objective.from_saved_gradient(gradient, ctx.scale, upstream)
-    return (found, *[None] * (ctx.inputs - 1))
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    objective.keep_gradient(ctx, output, inputs[-1], len(inputs))
 
 
 torch.library.register_autograd(
-    "ddpm_fast::denoising_loss", _backward, setup_context=_setup_context, lib=checks.library
+    "ddpm_fast::denoising_loss",
+    objective.from_kept_gradient,
+    setup_context=_setup_context,
+    lib=checks.library,
 )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import reference
 from ..schedule import NoiseSchedule, Prediction, Variance, one_of
@@ -151,7 +153,27 @@ def scratch(layout: tuple[int, int, int, bool], sums: int, device: torch.device)
     return torch.empty(samples * shares * sums, dtype=torch.float32, device=device)
 
 
-def gradient_scale(model_output: Tensor, headroom: int = 0) -> float:
+def run_op(
+    op: Callable[..., Any],
+    kernel: Callable[..., Any],
+    model_output: Tensor,
+    others: tuple[Tensor | None, ...],
+    headroom: int,
+    *arguments: Any,
+) -> Any:
+    """The op, by the shortest way that there is.
+
+    others: what else of its arguments is of the model's size; headroom: gradient_scale()'s.
+    """
+    arguments = (*arguments, wants_gradient(model_output), gradient_scale(model_output, headroom))
+    if not checks.is_eager(model_output, *others):
+        return op(model_output, *arguments)
+    if arguments[-2]:
+        return KeptGradient.apply(model_output, kernel, *arguments)
+    return kernel(model_output, *arguments)
+
+
+def gradient_scale(model_output: Tensor, headroom: int) -> float:
     """What a gradient is multiplied by while it is kept: a power of two near the number of
     elements, by which a mean divides, where float16 would lose the digits of what is left; else 1.
 
@@ -162,22 +184,55 @@ def gradient_scale(model_output: Tensor, headroom: int = 0) -> float:
     return 2.0 ** max(model_output.numel().bit_length() - 1 - headroom, 0)
 
 
-def from_saved_gradient(gradient: Tensor, scale: float, upstream: Tensor | None) -> Tensor | None:
-    """The model output's gradient, given ``scale`` times that of each sample's loss and how the
-    result depends on those losses, [N].
+class KeptGradient(torch.autograd.Function):
+    """An op's results and the gradient that it made, without torch's dispatcher: the wrapper that
+    ``register_autograd`` puts around an op takes 90 µs of the host a step."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, model_output: Tensor, kernel: Callable[..., tuple[Tensor, ...]], *arguments: Any
+    ) -> tuple[Tensor, ...]:
+        results = kernel(model_output, *arguments)
+        keep_gradient(ctx, results, arguments[-1], 2 + len(arguments))
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        return from_kept_gradient(ctx, *upstream)
+
+
+def keep_gradient(ctx: Any, results: tuple[Tensor, ...], scale: float, inputs: int) -> None:
+    """For the backward pass of an op: its results are a loss, others, and ``scale`` times the
+    gradient of the loss by the first of so many inputs."""
+    ctx.scale, ctx.inputs = scale, inputs
+    ctx.save_for_backward(results[-1])
+    ctx.mark_non_differentiable(*results[1:])
+    ctx.set_materialize_grads(False)
+
+
+@once_differentiable
+def from_kept_gradient(
+    ctx: Any, upstream: Tensor | None, *others: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The gradients of an op's inputs, given that of the loss of each sample, [N].
 
     Where that is 1 throughout, as after ``loss.sum()``, and may be looked at without waiting, the
-    saved gradient is the answer; elsewhere it takes a pass to scale it.
+    kept gradient is the answer; elsewhere it takes a pass to scale it.
     """
+    nothing = [None] * (ctx.inputs - 1)
     if upstream is None:
-        return None
-    if (
-        scale == 1.0
-        and upstream.device.type == "cpu"
-        and type(upstream) is Tensor
-        and not torch.compiler.is_compiling()
-        and bool((upstream == 1).all())
-    ):
-        return gradient
-    factor = (upstream / scale).reshape(-1, *[1] * (gradient.ndim - 1))
-    return (gradient * factor).to(gradient.dtype)
+        return (None, *nothing)
+    (gradient,) = ctx.saved_tensors
+    if ctx.scale == 1.0 and _are_ones(upstream):
+        return (gradient, *nothing)
+    factor = (upstream / ctx.scale).reshape(-1, *[1] * (gradient.ndim - 1))
+    return ((gradient * factor).to(gradient.dtype), *nothing)
+
+
+def _are_ones(upstream: Tensor) -> bool:
+    """Whether every value is 1; False where that would take a wait or cannot be known."""
+    if upstream.device.type != "cpu" or not checks.is_eager(upstream):
+        return False
+    if upstream.stride() == (0,) and upstream.numel():  # of a sum
+        return upstream[0].item() == 1
+    return bool((upstream == 1).all())

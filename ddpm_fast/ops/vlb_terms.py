@@ -8,7 +8,6 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import reference, vlb_table
 from ..backends import DTYPES, kernel_of, select, triton_launcher
@@ -172,11 +171,12 @@ def _run(
             ("vlb_weights" if hybrid else "weights", vlb_weights),
         )
     )
-    run = _vlb_terms
-    if not checks.runs_now(model_output, x0, noise):
-        run = torch.ops.ddpm_fast.vlb_terms.default
-    total, parts, _ = run(
+    total, parts, _ = objective.run_op(
+        torch.ops.ddpm_fast.vlb_terms.default,
+        _vlb_terms,
         model_output,
+        (x0, noise),
+        6,  # a term may be some hundred bits
         x0,
         t,
         ts,
@@ -191,8 +191,6 @@ def _run(
         hybrid,
         simple_weights,
         vlb_weights,
-        objective.wants_gradient(model_output),
-        objective.gradient_scale(model_output, headroom=6),
     )
     return total, parts
 
@@ -366,23 +364,13 @@ def _vlb_terms_fake(model_output: Tensor, *args: Any) -> tuple[Tensor, Tensor, T
     return _outputs(model_output, args[-2])
 
 
-def _setup_context(
-    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
-) -> None:
-    ctx.scale = inputs[-1]
-    ctx.inputs = len(inputs)
-    ctx.save_for_backward(output[2])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-@once_differentiable
-def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    (gradient,) = ctx.saved_tensors
-    found = objective.from_saved_gradient(gradient, ctx.scale, upstream)
-    return (found, *[None] * (ctx.inputs - 1))
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    objective.keep_gradient(ctx, output, inputs[-1], len(inputs))
 
 
 torch.library.register_autograd(
-    "ddpm_fast::vlb_terms", _backward, setup_context=_setup_context, lib=checks.library
+    "ddpm_fast::vlb_terms",
+    objective.from_kept_gradient,
+    setup_context=_setup_context,
+    lib=checks.library,
 )
