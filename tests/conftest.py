@@ -12,6 +12,7 @@ from typing import Any
 import cuda_on_host
 import pytest
 import torch
+from cuda_on_host import on_host  # noqa: F401
 from fake_gpus import entered, gpus  # noqa: F401
 from helpers import ISAS, no_gpu
 

@@ -11,6 +11,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
@@ -69,3 +71,20 @@ class AsNative:
             kernel = getattr(self.module, name)
             return lambda *arguments: kernel(*arguments[:-1])  # without the number of threads
         return getattr(native, name)
+
+
+@pytest.fixture
+def on_host(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The module; on_host.run(f) calls f with its kernels in the place of the CPU's."""
+    module = load()
+    backends, stand_in = import_module("ddpm_fast.backends"), AsNative()
+
+    def run(call):
+        with monkeypatch.context() as patch:
+            patch.setattr(backends, "native", stand_in)
+            return call()
+
+    module.run = run
+    yield module
+    module.set_blocks_only(False)
+    module.set_most_tiles(2**64 - 1)

@@ -8,7 +8,6 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -39,23 +38,6 @@ SHAPES = [
     (5, 3),
 ]
 FORMATS = ["contiguous", "channels_last"]
-
-
-@pytest.fixture
-def on_host(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The module; on_host.run(f) calls f with its kernels in the place of the CPU's."""
-    module = cuda_on_host.load()
-    backends, stand_in = import_module("ddpm_fast.backends"), cuda_on_host.AsNative()
-
-    def run(call):
-        with monkeypatch.context() as patch:
-            patch.setattr(backends, "native", stand_in)
-            return call()
-
-    module.run = run
-    yield module
-    module.set_blocks_only(False)
-    module.set_most_tiles(2**64 - 1)
 
 
 def same_bits(on_host: ModuleType, call) -> str:
@@ -283,7 +265,7 @@ def lazily(shape):
 
 @pytest.mark.slow
 def test_under_address_and_undefined_behaviour_sanitizers():
-    """The tests of this file once more: each lane keeps inside its tensors, reading and writing."""
+    """The bodies' tests once more: each lane keeps inside its tensors, reading and writing."""
     runtimes = []
     for name in ("libasan.so", "libubsan.so", "libstdc++.so"):
         found = subprocess.run(["gcc", f"-print-file-name={name}"], capture_output=True, text=True)
@@ -291,7 +273,11 @@ def test_under_address_and_undefined_behaviour_sanitizers():
             pytest.skip(f"needs gcc's {name}")
         runtimes.append(found.stdout.strip())
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", __file__, "-m", "not slow", "-k", "not 32_bits"],
+        [
+            sys.executable, "-m", "pytest", "-q", __file__,
+            str(Path(__file__).with_name("test_cuda_objective.py")),
+            "-m", "not slow", "-k", "not 32_bits",
+        ],
         env={
             **os.environ,
             "TEST_CXXFLAGS": "-fsanitize=address,undefined -fno-sanitize-recover=all -g1",

@@ -37,14 +37,12 @@ struct DecoderTerm {
     }
     const bool lowest = x0<Real(-0.999), highest = x0> Real(0.999);
     Real p;
-    if (cdf == Cdf::kTanh) {
-      p = lowest    ? below_tanh(upper)
-          : highest ? 1 - below_tanh(lower)
-                    : below_tanh(upper) - below_tanh(lower);
-    } else if (lowest || highest) {
-      p = lowest ? below(upper) : below(-lower);
+    if (!kNarrow && cdf == Cdf::kTanh) {
+      p = (highest ? Real(1) : below_tanh(upper)) - (lowest ? Real(0) : below_tanh(lower));
     } else {  // from the tail that both ends share, where neither is near 1
-      p = lower > 0 ? below(-lower) - below(-upper) : below(upper) - below(lower);
+      const bool flip = !lowest && (highest || lower > 0);
+      p = below(flip ? -lower : upper, cdf);
+      if (!(lowest || highest)) p -= below(flip ? -upper : lower, cdf);
     }
     const bool clamped = p < Real(1e-12);
     if (clamped) p = Real(1e-12);  // NaN passes
@@ -59,11 +57,12 @@ struct DecoderTerm {
   // float32, whose rounded arguments would cost the functions below z^2 times its precision.
   static constexpr bool kNarrow = sizeof(Real) == sizeof(float);
 
-  static DDPM_FAST_HD Real below(Real z) {
+  static DDPM_FAST_HD Real below(Real z, Cdf cdf) {
 #if !defined(__CUDACC__)
     using std::erfc;
     using std::exp;
 #endif
+    if (cdf == Cdf::kTanh) return z > 0 ? 1 - tail_tanh(z) : tail_tanh(z);
     const Real y = Real(-0.70710678118654752440) * z;
     if constexpr (kNarrow) {  // erfc(y + rest) by its derivative
       const Real rest = ScalarLanes::fma(-0x1.6a09e6p-1f, z, -y) + -0x1.9fcef4p-27f * z;
@@ -81,6 +80,15 @@ struct DecoderTerm {
     return tanh(kRoot * (z + kCubic * z * z * z));
   }
   static DDPM_FAST_HD Real below_tanh(Real z) { return Real(0.5) * (1 + tanh_of(z)); }
+  // Below -|z|, with all its digits.
+  static DDPM_FAST_HD Real tail_tanh(Real z) {
+#if !defined(__CUDACC__)
+    using std::exp;
+#endif
+    const Real distance = z < 0 ? -z : z;
+    const Real e = exp(-2 * kRoot * distance * (1 + kCubic * z * z));
+    return e / (1 + e);
+  }
   static DDPM_FAST_HD Real density(Real z, Cdf cdf) {
 #if !defined(__CUDACC__)
     using std::exp;
@@ -93,8 +101,13 @@ struct DecoderTerm {
       }
       return Real(0.39894228040143267794) * bell;
     }
+    const Real slope = kRoot * (1 + 3 * kCubic * z * z);
+    if constexpr (kNarrow) {
+      const Real tail = tail_tanh(z);
+      return 2 * slope * tail * (1 - tail);
+    }
     const Real tanh_z = tanh_of(z);
-    return Real(0.5) * kRoot * (1 + 3 * kCubic * z * z) * (1 - tanh_z * tanh_z);
+    return Real(0.5) * slope * (1 - tanh_z * tanh_z);
   }
 };
 
