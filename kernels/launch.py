@@ -19,7 +19,6 @@ from .tile import Tiling
 # The kernels say where they mean a fused multiply-add; the compiler adds none.
 OPTIONS = {"enable_fp_fusion": False}
 SAMPLES_Y = 65_535  # the most that a grid's second dimension may have on NVIDIA's GPUs
-ELEMENTS = 16  # of a thread: its loads of a float32 tensor are four of 16 bytes, all in flight
 
 
 class Cut(NamedTuple):
@@ -58,7 +57,7 @@ def cut(
     channels_last: bool,
     vector: int,
     warp: int = 0,
-    elements_of_thread: int = ELEMENTS,
+    elements_of_thread: int = 16,
 ) -> Cut:
     """The cut of samples [channels, pixels]; warp: threads of one, those of this machine's if 0.
 
@@ -66,7 +65,8 @@ def cut(
     out even; else, and where vector is 1, single elements. A program has about elements_of_thread
     elements a thread, and as many of 128, 64 or 32 threads as leave at most an eighth of the lanes
     without work in a sample's last tile, or else the fewest. Where a lane for each of the fewest
-    threads is enough, it is that.
+    threads is enough, it is that. 16 elements of a float32 tensor are four loads of 16 bytes, all
+    in flight.
     """
     warp = warp or warp_size()
     elements = channels * pixels

@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import launch
 from .algebra import clip, kl_term, log_ratio, predict_x0, q_sample, residual, unit_from_pixel
 from .decoder import decoder_term
-from .launch import ELEMENTS, OPTIONS, SAMPLES_Y, cut, warp_size
+from .launch import OPTIONS, SAMPLES_Y, cut
 from .sums import BLOCK, SUM_OPTIONS, shares_in, store_share, sum_of_shares, vector_for_sums
 from .tile import (
     draw,
@@ -125,6 +126,17 @@ def tile_terms(
     return simple, vlb, squared_error
 
 
+@triton.jit
+def shares_of(simple, vlb, squared_error, HYBRID: tl.constexpr, SUMMED: tl.constexpr):
+    """Sums over lanes, but for what is 0 throughout."""
+    of_simple, of_vlb = tl.zeros([], tl.float32), tl.zeros([], tl.float32)
+    if HYBRID:
+        of_simple = tl.sum(simple, 0)
+    if SUMMED:
+        of_vlb = tl.sum(vlb, 0)
+    return of_simple, of_vlb, tl.sum(squared_error, 0)
+
+
 @triton.jit(
     do_not_specialize=[
         "seed", "stream", "index", "num_steps", "t", "samples", "channels", "pixels", "lanes",
@@ -202,15 +214,16 @@ def vlb_terms_tile_kernel(
             simples += part[0]
             vlbs += part[1]
             errors += part[2]
-        simple, vlb, squared_error = tl.sum(simples, 0), tl.sum(vlbs, 0), tl.sum(errors, 0)
+        simple, vlb, squared_error = shares_of(simples, vlbs, errors, HYBRID, True)
     else:
         of_lanes = tile_terms(
             model_output_ptr, x0_ptr, noise_ptr, gradient_ptr, n, tile, channels, pixels, lanes,
             address, row, lo, hi, m_scale, v_scale, simple_scale, False, PREDICTION, VARIANCE, CDF,
             HYBRID, TILING,
         )  # fmt: skip
-        simple, vlb = tl.sum(of_lanes[0], 0), tl.sum(of_lanes[1], 0)
-        squared_error = tl.sum(of_lanes[2], 0)
+        simple, vlb, squared_error = shares_of(
+            of_lanes[0], of_lanes[1], of_lanes[2], HYBRID, VARIANCE != "fixed"
+        )
     if HYBRID:
         store_share(shares_ptr, n, 0, simple, 3)
     store_share(shares_ptr, n, 1, vlb, 3)
@@ -295,9 +308,11 @@ def launch_vlb_terms(
         return
     learned = variance.startswith("learned")
     vector = vector_for_sums(elements, [model_output, x0, noise])
-    tiling, lanes, num_warps = how = cut(
-        channels, pixels, channels_last, vector, elements_of_thread=8 if learned else ELEMENTS
-    )
+    how = cut(channels, pixels, channels_last, vector)
+    if learned:  # more elements a thread, and single ones at that, would take too many registers
+        each = 8 if how.tiling.channels else 4
+        how = cut(channels, pixels, channels_last, vector, elements_of_thread=each)
+    tiling, lanes, num_warps = how
     grid = how.grid(samples)
     shares = shares_in(scratch, samples, grid[0], 3, total)
     if elements > 0:
@@ -328,7 +343,7 @@ def launch_vlb_terms(
             cdf,
             hybrid,
             SAMPLES_Y,
-            num_warps * warp_size(),
+            num_warps * launch.warp_size(),
             tiling,
             num_warps=num_warps,
             **OPTIONS,

@@ -8,6 +8,7 @@ A process of its own, because Triton either compiles or interprets.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,28 +28,28 @@ from triton.runtime.jit import JITFunction
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 from machine_code import find_tool, functions_of  # noqa: E402
+from triton_launches import (  # noqa: E402
+    SHAPES,
+    Launch,
+    bound,
+    drawing,
+    empty,
+    noising,
+    regression,
+    step,
+)
 
-from ddpm_fast import NoiseSchedule  # noqa: E402
-from ddpm_fast.kernels import add_noise, randn, reverse_step  # noqa: E402
+from ddpm_fast.kernels import (  # noqa: E402
+    add_noise,
+    denoising_loss,
+    randn,
+    reverse_step,
+    vlb_terms,
+)
 from ddpm_fast.kernels import launch as launching  # noqa: E402
-from ddpm_fast.kernels.add_noise import launch_add_noise  # noqa: E402
-from ddpm_fast.kernels.randn import launch_randn  # noqa: E402
-from ddpm_fast.kernels.reverse_step import launch_reverse_step  # noqa: E402
 from ddpm_fast.kernels.tile import Tiling  # noqa: E402
-from ddpm_fast.ops import checks  # noqa: E402
 
 ARCHS = ["80", "90", "gfx942"]
-SCHEDULE = NoiseSchedule.cosine()
-SHAPES = {
-    "contiguous": (2, 3, 32, 32),
-    "channels_last 3": (2, 3, 32, 32),
-    "channels_last 4": (2, 4, 32, 32),
-    "odd": (2, 3, 7, 9),
-    "channels_last odd": (2, 5, 7, 9),
-}
-FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-Launch = Callable[[], None]
 
 
 class Driver:
@@ -69,13 +70,14 @@ class Driver:
         return self.target
 
 
-def compiled(launch: Launch, arch: str) -> tuple[Any, int]:
-    """The kernel that a launch takes there, and the elements of its tiles."""
+def compiled(launch: Launch, arch: str) -> list[tuple[Any, int]]:
+    """The kernels that a launch takes there, and the elements of their tiles; 0 where a kernel adds
+    up what tiles left."""
     found = []
 
     def compile_only(self, *args, grid, warmup, **kwargs):
-        (tiling,) = (arg for arg in args if isinstance(arg, Tiling))
-        found.append((run(self, *args, grid=grid, warmup=True, **kwargs), tiling.tile))
+        elements = sum(arg.tile for arg in args if isinstance(arg, Tiling))
+        found.append((run(self, *args, grid=grid, warmup=True, **kwargs), elements))
 
     run, JITFunction.run = JITFunction.run, compile_only
     gpu = Driver(arch)
@@ -86,72 +88,7 @@ def compiled(launch: Launch, arch: str) -> tuple[Any, int]:
         launch()
     finally:
         JITFunction.run = run
-    return found[0]
-
-
-def empty(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> torch.Tensor:
-    return checks.empty_laid_out(shape, "channels_last" in layout, dtype, torch.device("cpu"))
-
-
-def step(
-    layout: str = "contiguous",
-    x: str = "float32",
-    m: str = "float32",
-    variance: str = "fixed_small",
-    shape: tuple[int, ...] | None = None,
-    row: int | torch.Tensor = 3,
-    seed: int = 5,
-    **options: Any,
-) -> Launch:
-    """A reverse step. Options: further tensors of its size, as dtypes; guidance, nan_step; ids,
-    clip, scale, scales."""
-    table = SCHEDULE.step_table(prediction="epsilon", variance=variance)
-    shape = shape or SHAPES[layout]
-    doubled = (shape[0], shape[1] * (1 + (table.model_variance != "none")), *shape[2:])
-    state, output = empty(shape, layout, FLOATS[x]), empty(doubled, layout, FLOATS[m])
-    names = ("x0", "noise", "out_x0", "out_lowp")
-    others = {
-        name: empty(shape, layout, FLOATS[options[name]]) if name in options else None
-        for name in names
-    }
-    steps = row if isinstance(row, torch.Tensor) else None
-    return lambda: launch_reverse_step(
-        state,
-        output,
-        output if options.get("guidance") else None,
-        others["x0"],
-        others["noise"],
-        torch.empty_like(state),
-        others["out_x0"],
-        others["out_lowp"],
-        torch.zeros(1, dtype=torch.int32) if options.get("nan_step") else None,
-        checks.layout_of(state),
-        seed,
-        None,
-        options.get("ids"),
-        1,
-        table.rows,
-        table.timesteps,
-        0 if steps is not None else row,
-        steps,
-        table.model_variance,
-        options.get("clip", (-1.0, 1.0)),
-        options.get("scale", 1.5),
-        options.get("scales"),
-    )
-
-
-def drawing(layout: str, dtype: str, seed: int = 5, index: int = 0, shape=None) -> Launch:
-    out = empty(shape or SHAPES[layout], layout, FLOATS[dtype])
-    return lambda: launch_randn(out, checks.layout_of(out), seed, None, None, 9, index, None)
-
-
-def noising(layout: str, x0: torch.dtype, out: str, t: int = 3, ts=None) -> Launch:
-    source, target = (empty(SHAPES[layout], layout, dtype) for dtype in (x0, FLOATS[out]))
-    weights = SCHEDULE.forward_weights(source.device)
-    return lambda: launch_add_noise(
-        source, None, target, checks.layout_of(target), 5, None, None, 2, 0, None, weights, t, ts
-    )
+    return found
 
 
 def cases() -> Iterator[tuple[str, str, Launch]]:
@@ -194,11 +131,34 @@ def cases() -> Iterator[tuple[str, str, Launch]]:
             x0="float32", out_x0="float32", out_lowp="bfloat16",
         ),
     )  # fmt: skip
+    for layout in ("contiguous", "channels_last 4"):
+        yield "denoising_loss float32", layout, regression(layout)
+    for layout in ("contiguous", "channels_last 3"):
+        yield (
+            "denoising_loss float32 of v, with a second half",
+            layout,
+            regression(layout, prediction="v_prediction", doubled=True),
+        )
+    yield "denoising_loss bfloat16", "contiguous", regression(m="bfloat16")
+    yield "denoising_loss, adding up", "sums", regression()
+    yield "vlb_terms float32", "contiguous", bound()
+    for layout in ("contiguous", "channels_last odd"):
+        yield (
+            "hybrid_loss float32",
+            layout,
+            bound(layout, variance="learned_range", hybrid=True),
+        )
+    yield (
+        "vlb_terms bfloat16 of uint8, learned variance, tanh",
+        "contiguous",
+        bound("contiguous", "bfloat16", "learned", "tanh", x0=torch.uint8),
+    )
+    yield "hybrid_loss, adding up", "sums", bound(variance="learned_range", hybrid=True)
 
 
 def facts(name: str, layout: str, arch: str, launch: Launch) -> dict[str, Any]:
     """What the assembly has of each instruction; on NVIDIA's GPUs the machine code, too."""
-    kernel, elements = compiled(launch, arch)
+    kernel, elements = compiled(launch, arch)[-1 if layout == "sums" else 0]
     is_amd = arch.startswith("gfx")
     assembly = kernel.asm["amdgcn" if is_amd else "ptx"]
     found = {
@@ -208,6 +168,8 @@ def facts(name: str, layout: str, arch: str, launch: Launch) -> dict[str, Any]:
         "shared": kernel.metadata.shared,
         "assembly": Counter(re.findall(r"^\s+(?:@\S+ )?([a-z][\w.]+)", assembly, re.M)),
     }
+    threads = kernel.metadata.num_warps * (64 if is_amd else 32)
+    found["of a thread"] = elements // threads
     if is_amd:
         found["scratch"] = int(re.search(r"private_segment_fixed_size:?\s+(\d+)", assembly)[1])
         return found
@@ -218,7 +180,8 @@ def facts(name: str, layout: str, arch: str, launch: Launch) -> dict[str, Any]:
             [find_tool("cuobjdump"), "-res-usage", cubin.name], capture_output=True, text=True
         ).stdout
     found["machine"] = Counter(line.split()[line.startswith("@")] for line in instructions)
-    found["per element"] = len(instructions) * 32 * kernel.metadata.num_warps / elements
+    found["per element"] = len(instructions) * threads / (elements or threads)
+    found["code"] = hashlib.sha256("\n".join(instructions).encode()).hexdigest()
     for key in ("REG", "STACK", "LOCAL"):
         found[key] = int(re.search(rf"\b{key}:(\d+)", used)[1])
     return found
@@ -274,6 +237,36 @@ def counts() -> dict[str, int]:
     found["timesteps"] = kernels_of(noising_, added)
     added = [noising("contiguous", plain, "float32", ts=numbers[i : i + 2]) for i in range(4)]
     found["timesteps on the device"] = kernels_of(noising_, added)
+    return found | counts_of_the_objective(images, numbers)
+
+
+def counts_of_the_objective(images, numbers) -> dict[str, int]:
+    """And of parts of a batch: how many different codes its samples are added up by."""
+    losses, sums = (
+        denoising_loss.denoising_loss_tile_kernel,
+        denoising_loss.denoising_loss_sum_tile_kernel,
+    )
+    terms, totals = vlb_terms.vlb_terms_tile_kernel, vlb_terms.vlb_terms_sum_tile_kernel
+    alike = [regression(seed=seed, t=t, scale=2.0**t) for seed, t in ((1, 0), (-9, 16), (0, 1))]
+    alike += [regression(shape=(n, 3, 32, 32)) for n in (1, 16, 17)]
+    of_images = [regression(shape=shape) for shape in images]
+    on_the_device = [regression(ts=numbers[i : i + 2]) for i in range(4)]
+    found = {
+        "losses": kernels_of(losses, alike),
+        "losses of images": kernels_of(losses, of_images),
+        "losses at timesteps on the device": kernels_of(losses, on_the_device),
+        "their sums": kernels_of(sums, alike + of_images + on_the_device),
+    }
+    alike = [bound(seed=seed, t=t) for seed, t in ((1, 0), (-9, 16), (0, 1))]
+    alike += [bound(shape=(n, 3, 32, 32)) for n in (1, 16, 17)]
+    found["terms"] = kernels_of(terms, alike)
+    found["terms of images"] = kernels_of(terms, [bound(shape=shape) for shape in images])
+    found["their totals"] = kernels_of(totals, alike)
+    for name, shape in (("images", (4, 3, 32, 32)), ("12 elements", (4, 1, 2, 6))):
+        batch = empty(shape, "", torch.bfloat16)  # 12 elements are 24 bytes
+        parts = [regression(output=batch[i:], shape=batch[i:].shape) for i in range(3)]
+        codes = {facts("", "", "90", part)["code"] for part in parts}
+        found[f"codes for parts of a batch, {name}"] = len(codes)
     return found
 
 
