@@ -140,6 +140,22 @@ def test_a_shorter_warm_up_moves_more():
     assert trainer.learning_rate == 2e-4
 
 
+@pytest.mark.parametrize("limit", [0.1, 1e6, None])
+def test_clipping_is_torchs(limit):
+    trainer = new_trainer(tiny_config())
+    ours, theirs = (list(trainer.model.parameters()) for _ in range(2))
+    gradients = [torch.randn_like(p) for p in ours]
+    for parameter, gradient in zip(ours, gradients, strict=True):
+        parameter.grad = gradient.clone()
+    norm = trainer._clip(limit)
+    clipped = [p.grad for p in ours]
+    for parameter, gradient in zip(theirs, gradients, strict=True):
+        parameter.grad = gradient
+    expected = torch.nn.utils.clip_grad_norm_(theirs, limit or math.inf, foreach=True)
+    assert torch.equal(norm, expected)
+    assert all(torch.equal(a, p.grad) for a, p in zip(clipped, theirs, strict=True))
+
+
 def test_fp16_passes_over_a_step_that_overflows(tmp_path):
     """The loss scale is halved, kept in checkpoints, and the run goes on."""
     config = tiny_config(precision="fp16", steps=4)
