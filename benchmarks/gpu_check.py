@@ -118,7 +118,8 @@ GROUPS = [
     "triton and test_add_noise and not (float32 or uint8)",
     "triton and test_reverse_step and channels_last",
     "triton and test_reverse_step and not channels_last",
-    "triton and not (test_randn or test_add_noise or test_reverse_step)",
+    "triton and objective",
+    "triton and not (test_randn or test_add_noise or test_reverse_step or objective)",
 ]
 
 
