@@ -238,6 +238,8 @@ def test_what_is_no_reason_to_compile(answers):
         "their totals": 0,
         "codes for parts of a batch, images": 1,
         "codes for parts of a batch, 12 elements": 1,
+        "codes for parts of a batch, 63 elements": 1,
+        "codes for parts of a batch, 63 elements in channels_last": 1,
     }
 
 

@@ -262,8 +262,14 @@ def counts_of_the_objective(images, numbers) -> dict[str, int]:
     found["terms"] = kernels_of(terms, alike)
     found["terms of images"] = kernels_of(terms, [bound(shape=shape) for shape in images])
     found["their totals"] = kernels_of(totals, alike)
-    for name, shape in (("images", (4, 3, 32, 32)), ("12 elements", (4, 1, 2, 6))):
-        batch = empty(shape, "", torch.bfloat16)  # 12 elements are 24 bytes
+    batches = {
+        "images": ((4, 3, 32, 32), ""),
+        "12 elements": ((4, 1, 2, 6), ""),  # 24 bytes
+        "63 elements": ((4, 7, 3, 3), ""),
+        "63 elements in channels_last": ((4, 7, 3, 3), "channels_last"),
+    }
+    for name, (shape, layout) in batches.items():
+        batch = empty(shape, layout, torch.bfloat16)
         parts = [regression(output=batch[i:], shape=batch[i:].shape) for i in range(3)]
         codes = {facts("", "", "90", part)["code"] for part in parts}
         found[f"codes for parts of a batch, {name}"] = len(codes)
