@@ -19,14 +19,7 @@ from ddpm_fast.training.draw import Artist, DrawConfig
 from ddpm_fast.training.evaluate import evaluate_bits_per_dim, evaluate_frechet
 from ddpm_fast.training.frechet import Moments
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The model is too small for more, which wait for each other where processors are scarce."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

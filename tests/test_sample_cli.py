@@ -22,14 +22,7 @@ from ddpm_fast.training import draw
 from ddpm_fast.training.checkpoints import load_model
 from ddpm_fast.training.pictures import grid, png, png_text, read_png, to_uint8
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The model is too small for more, which wait for each other where processors are scarce."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,8 @@ from ddpm_fast.training.fields import merged
 from ddpm_fast.training.lock import RunLock
 from ddpm_fast.training.pictures import read_png
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture
 def config(tmp_path) -> Path:

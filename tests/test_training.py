@@ -32,6 +32,8 @@ from ddpm_fast.training.interrupts import Interrupts
 from ddpm_fast.training.lock import RunLock
 from ddpm_fast.training.loop import Loop
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def losses(trainer):
     return [loss for _, loss, _ in trainer.read()]

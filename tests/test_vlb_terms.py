@@ -302,13 +302,28 @@ def test_clip_holds_the_gradient():
     assert gradient[0, 0, 0, 1] < 0 < gradient[0, 0, 0, 2]
 
 
-def test_nan_is_told():
+def test_nan_is_told(isa):
+    """In the term; the gradient there is 0, as that of clamp is."""
     x0 = torch.zeros(2, 1, 4, 4)
     output = torch.zeros(2, 1, 4, 4)
     output[1, 0, 2, 2] = math.nan
     for t in (0, 50):
-        found = vlb_terms(output, x0, t, SCHEDULE, seed=0)
+        found, gradient = run(vlb_terms, output, x0, t, SCHEDULE, seed=0)
         assert found.isnan().tolist() == [False, True]
+        assert gradient[1, 0, 2, 2] == 0
+        assert gradient.isfinite().all()
+
+
+def test_half_precision_gradients_of_steep_terms():
+    """In float16's range where T · L_t trains the bound, and not lost where it is flat."""
+    shape = (8, 3, 16, 16)
+    x0, t = pixels(shape), torch.tensor([1, 2, 5, 10, 50, 100, 150, 199])
+    weights = torch.full((8,), 200 / 8)
+    output = (randn(shape, seed=5, stream=2) + 0.2 * randn(shape, seed=9)).half()
+    _, gradient = run(vlb_terms, output, x0, t, SCHEDULE, seed=5, weights=weights)
+    _, exact = run(vlb_terms, output.float(), x0, t, SCHEDULE, seed=5, weights=weights)
+    assert gradient.isfinite().all()
+    torch.testing.assert_close(gradient.float(), exact, rtol=2e-3, atol=3e-7)
 
 
 def test_opcheck():

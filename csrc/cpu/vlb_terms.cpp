@@ -103,7 +103,7 @@ void decoder_granule(const Coefficients& c, const Granule& g, TileSum (&sums)[kS
     const double error = static_cast<double>(g.x0[j]) - x0_hat[j];
     sums[kVlb].add(j, term.nats);
     sums[kSquaredError].add(j, error * error);
-    g.by_m[j] = static_cast<float>(term.by_mean) * c.by_m * inside[j];
+    g.by_m[j] = inside[j] != 0.0f ? static_cast<float>(term.by_mean) * c.by_m : 0.0f;
     if (c.hybrid) {
       sums[kSimple].add(j, static_cast<double>(r[j]) * r[j]);
       g.by_m[j] = c.simple * r[j];

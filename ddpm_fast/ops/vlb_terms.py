@@ -176,7 +176,7 @@ def _run(
         _vlb_terms,
         model_output,
         (x0, noise),
-        6,  # a term may be some hundred bits
+        10,  # terms of small timesteps are steep
         x0,
         t,
         ts,
