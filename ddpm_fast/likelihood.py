@@ -138,6 +138,8 @@ def bits_per_dim(
         )
     if batch_size is not None and integer("batch_size", batch_size) < 1:
         raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+    if sample_ids is not None and isinstance(x0, Tensor) and len(sample_ids) != len(x0):
+        raise ValueError(f"sample_ids must have shape [{len(x0)}]; got [{len(sample_ids)}]")
     parts: list[BitsPerDim] = []
     position = 0
     batches = _num_batches(x0, batch_size)
@@ -385,8 +387,9 @@ def _batches(
 def _check_batch(x0: object) -> None:
     if not isinstance(x0, Tensor):
         raise TypeError(f"x0 must be tensors; got {type(x0).__name__}")
-    if x0.dtype not in (*X0_DTYPES, torch.float64):
-        raise TypeError(f"x0 must be float64, float32, bfloat16, float16 or uint8; got {x0.dtype}")
+    if x0.dtype not in (*X0_DTYPES, torch.float64) or x0.dtype == torch.bfloat16:
+        coarse = ", whose steps near ±1 are half a bin" if x0.dtype == torch.bfloat16 else ""
+        raise TypeError(f"x0 must be float64, float32, float16 or uint8; got {x0.dtype}{coarse}")
     if x0.ndim < 2:
         raise ValueError(f"x0 must be [N, C, …]; got {list(x0.shape)}")
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from . import reference
@@ -79,8 +80,10 @@ class DenoisingLoss:
             the timesteps (Kingma et al. 2021); "loss_second_moment", by importance (Nichol &
             Dhariwal 2021, section 3.3), for which the processes of torch.distributed exchange
             their losses.
-        group_size: the number of samples a step takes over all processes; the call's N if None. On
-            a GPU, the exchange of several processes has to wait for the device if None.
+        group_size: the number of samples a step takes over all processes; the call's N times the
+            processes if None. Of "antithetic", ids g · group_size … are spread together: a batch of
+            another size shifts those after it. On a GPU, the exchange of several processes has to
+            wait for the device if None.
         offset_noise: s of ε + s·o, o one normal a sample and channel (stream 5). Takes two passes
             more over the batch. "simple" only.
         label_dropout: the share of ``label_key``'s labels that become ``null_label`` (stream 7),
@@ -199,7 +202,8 @@ class DenoisingLoss:
             x0: [N, C, …] in [-1, 1], float32, bfloat16 or float16; or uint8 pixels.
             seed: of the run, in [0, 2^64); or int64 [N].
             sample_ids: N non-negative integers; if None, those from ``samples_seen`` on, which then
-                grows by N. A ``range`` costs least.
+                grows by N. The processes of torch.distributed take N each, one after the other, and
+                it grows by all. With ids of your own it is yours to set. A ``range`` costs least.
             t: int64 [N] in 0 … T−1, or one int, instead of drawn ones. Those take no part in the
                 history of losses.
             model_kwargs: passed to the model.
@@ -230,14 +234,15 @@ class DenoisingLoss:
         elif self._history is not None:
             t, importance = self._history.to(device).draw(drawn)
         else:
-            t = drawn.clone()  # the model may change its own
+            t = drawn
         kwargs = dict(model_kwargs or {})
         if dropped is not None:
             labels = self._labels(kwargs, samples, device)
             kwargs[self.label_key] = labels.masked_fill(dropped, self.null_label)  # type: ignore[arg-type]
 
         x_t, offset = self._noised(x0, t, seed, ids)
-        output = call_model(model, x_t, t, kwargs, 2 if self._learned else 1)
+        asked = t.clone()  # the model may change its own
+        output = call_model(model, x_t, asked, kwargs, 2 if self._learned else 1)
         # A power of two: it leaves a sample's value the same in every batch, and where it is the
         # batch's size, the gradient that the op keeps needs no other factor.
         scale = 2.0 ** (samples - 1).bit_length()
@@ -251,8 +256,8 @@ class DenoisingLoss:
         if into_history:
             self._history.update(t, per_sample, self.group_size)  # type: ignore[union-attr]
         if sample_ids is None:
-            self.samples_seen += samples
-        return LossOutput(loss, per_sample, t)
+            self.samples_seen += samples * _processes()[1]
+        return LossOutput(loss, per_sample, t.clone() if t is drawn else t)  # drawn is a view
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a run goes on from: ``samples_seen`` int64 0-d, and with "loss_second_moment"
@@ -300,9 +305,11 @@ class DenoisingLoss:
         device: torch.device,
     ) -> tuple[int | Tensor, Tensor, Tensor, Tensor | None]:
         """The seed and ids as the ops take them, and what is drawn for these: see ``_draw``."""
-        group = self.group_size or samples
+        rank, processes = _processes()
+        group = self.group_size or samples * processes
         if sample_ids is None:
-            sample_ids = range(self.samples_seen, self.samples_seen + samples)
+            first = self.samples_seen + rank * samples
+            sample_ids = range(first, first + samples)
         if (
             isinstance(sample_ids, range)
             and sample_ids.step == 1
@@ -402,6 +409,13 @@ class DenoisingLoss:
             arguments["variance"] = "fixed_small"  # the other half of channels is gone
         data = None if self.prediction == "epsilon" else x0
         return denoising_loss(output, t, self.schedule, x0=data, weights=weights, **arguments)
+
+
+def _processes() -> tuple[int, int]:
+    """This process's rank among those of torch.distributed, and their number."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
 
 
 def _number(name: str, value: float, positive: bool = False, most: float = math.inf) -> float:

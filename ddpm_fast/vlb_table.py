@@ -122,6 +122,7 @@ def terms(
         assert v is not None
         ratio_by_v = (0.5 * (row["ratio_max"] - row["ratio_min"])).expand_as(m)
         ratio = reference.fma(v + 1, ratio_by_v, row["ratio_min"])
+    ratio = ratio.clamp(-87, 87)  # float32's range of exp
 
     scaled = row["precision"] * ratio.exp() * error
     kl = 0.5 * (torch.expm1(ratio) - ratio + scaled * error)
@@ -134,8 +135,8 @@ def terms(
     first = (t == 0).reshape(-1, *[1] * (m.ndim - 1))
     by_x0_hat = torch.where(first, nll_by_mean, -scaled)
     by_ratio = torch.where(first, -0.5 * nll_by_log_std, kl_by_ratio)
-    inside = (unclipped >= clip[0]) & (unclipped <= clip[1])
-    by_m = torch.where(inside, by_x0_hat * row["r"] * row["c_m"], torch.zeros_like(m))
+    held = (unclipped < clip[0]) | (unclipped > clip[1])  # a NaN is not: it reaches the gradient
+    by_m = torch.where(held, torch.zeros_like(m), by_x0_hat * row["r"] * row["c_m"])
     return Terms(torch.where(first, nll, kl), error**2, by_m, by_ratio * ratio_by_v)
 
 

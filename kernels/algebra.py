@@ -41,10 +41,9 @@ def clip(x, lo, hi):
 
 
 @triton.jit
-def exp_clamped_with_excess(x):
-    """exp(x) and exp(x) - 1 - x for x kept in [-87, 87], the second to full precision near 0 as
-    well; NaN passes."""
-    x = clip(x, -87.0, 87.0)
+def exp_with_excess(x):
+    """exp(x) and exp(x) - 1 - x for x in [-87, 87], the second to full precision near 0 as well.
+    NaN passes."""
     # Adding 1.5 * 2^23 leaves the nearest integer in the low bits of the sum.
     shifted = tl.fma(x, 1.4426950216293335, 12582912.0)
     k = shifted - 12582912.0
@@ -63,7 +62,7 @@ def exp_clamped_with_excess(x):
 @triton.jit
 def exp_clamped(x):
     """exp(x) for x kept in [-87, 87]; NaN passes."""
-    exp, _ = exp_clamped_with_excess(x)
+    exp, _ = exp_with_excess(clip(x, -87.0, 87.0))
     return exp
 
 
@@ -99,11 +98,11 @@ def residual(PREDICTION: tl.constexpr, signal, sigma, m, x0, z):
 
 @triton.jit
 def log_ratio(VARIANCE: tl.constexpr, v, ratio_min, ratio_max, log_variance):
-    """The log of q's variance over p's, of the model's v."""
+    """The log of q's variance over p's, of the model's v, kept in the range of exp."""
     if VARIANCE == "learned":
-        return log_variance - v
+        return clip(log_variance - v, -87.0, 87.0)
     elif VARIANCE == "learned_range":
-        return tl.fma(v + 1.0, 0.5 * (ratio_max - ratio_min), ratio_min)
+        return clip(tl.fma(v + 1.0, 0.5 * (ratio_max - ratio_min), ratio_min), -87.0, 87.0)
     else:
         return ratio_min
 
@@ -112,7 +111,7 @@ def log_ratio(VARIANCE: tl.constexpr, v, ratio_min, ratio_max, log_variance):
 def kl_term(precision, ratio, error):
     """A KL in nats, and what it changes by with x0_hat and with the ratio; error = x_0 - x0_hat
     (Ho et al. 2020, eq. 5)."""
-    exp, excess = exp_clamped_with_excess(ratio)
+    exp, excess = exp_with_excess(ratio)
     scaled = precision * exp * error
     by_ratio = 0.5 * tl.fma(scaled, error, excess + ratio)
     return 0.5 * tl.fma(scaled, error, excess), -scaled, by_ratio

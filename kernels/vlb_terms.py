@@ -114,8 +114,8 @@ def tile_terms(
             by_m += (simple_scale * difference,)
             difference = tl.where(held, difference, 0.0)
             simple = tl.fma(difference, difference, simple)
-        else:  # where the clip holds x0_hat fast m does not move it; a NaN is held
-            by_m += (tl.where((unclipped >= lo) & (unclipped <= hi), of_m, 0.0),)
+        else:  # where the clip holds x0_hat fast m does not move it; a NaN is not held
+            by_m += (tl.where((unclipped < lo) | (unclipped > hi), 0.0, of_m),)
         error = tl.where(held, error, 0.0)
         squared_error = tl.fma(error, error, squared_error)
     if gradient_ptr is not None:

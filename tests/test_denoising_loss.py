@@ -244,6 +244,8 @@ M = torch.zeros(2, 4, 4, 4)
         (M, {"x0": M[:1]}, ValueError, r"x0 must have shape \[2, 4, 4, 4\]"),
         (M, {"x0": M.double()}, TypeError, "x0 must be float32"),
         (M, {"noise": M[:, :2]}, ValueError, "noise must have shape"),
+        (M, {"x0": M.clone().requires_grad_()}, ValueError, "x0 requires grad, but only"),
+        (M, {"weights": torch.ones(2, requires_grad=True)}, ValueError, "weights requires grad"),
         (M, {"weights": torch.ones(3)}, ValueError, r"weights must have shape \[2\]"),
         (M, {"weights": torch.ones(2).double()}, TypeError, "weights must be float32"),
         (M, {"t": 1000}, ValueError, "t must lie in 0 … 999; got 1000"),

@@ -444,10 +444,13 @@ def test_a_model_may_change_what_it_gets():
         t.mul_(0)
         return x.mul_(0.5)
 
-    loss = DenoisingLoss(SCHEDULE)
+    loss = DenoisingLoss(SCHEDULE, prediction="v_prediction", weighting="min_snr")
     expected = loss(elementwise, images(), seed=1, sample_ids=range(6))
-    found = loss(model, images(), seed=1, sample_ids=range(6), t=expected.t)
-    assert torch.equal(found.per_sample, expected.per_sample)
+    for t in (expected.t.clone(), None):
+        found = loss(model, images(), seed=1, sample_ids=range(6), t=t)
+        assert torch.equal(found.per_sample, expected.per_sample)
+        assert torch.equal(found.t, expected.t)
+        assert t is None or torch.equal(t, expected.t)
     again = loss(elementwise, images(), seed=1, sample_ids=range(6))
     assert torch.equal(again.per_sample, expected.per_sample)
 

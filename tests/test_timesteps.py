@@ -287,6 +287,10 @@ def one_of_two(rank, folder):
             result = loss(zero, torch.tensor(rows).float()[:, None] / 60, seed=0, sample_ids=rows)
             parts.append((result.t, result.per_sample.detach()))
         torch.save((parts, loss.state_dict()), f"{folder}/{group_size}-{rank}.pt")
+    loss = DenoisingLoss(NoiseSchedule.linear(100), timestep_sampling="antithetic")
+    parts = [loss(zero, torch.zeros(4, 3), seed=0) for _ in range(2)]
+    parts = [(part.t, part.per_sample) for part in parts]
+    torch.save((parts, loss.samples_seen), f"{folder}/own-{rank}.pt")
     small = DenoisingLoss(
         NoiseSchedule.linear(3), timestep_sampling="loss_second_moment", group_size=2
     )
@@ -315,3 +319,11 @@ def test_processes_share_their_histories(tmp_path):
         for name, value in expected.items():
             assert torch.equal(state0[name], value)
             assert torch.equal(state1[name], value)
+    # Without ids each process takes its own.
+    loss = DenoisingLoss(NoiseSchedule.linear(100), timestep_sampling="antithetic")
+    (first, seen0), (second, seen1) = (torch.load(tmp_path / f"own-{rank}.pt") for rank in (0, 1))
+    for (t0, losses0), (t1, losses1) in zip(first, second, strict=True):
+        result = loss(zero, torch.zeros(8, 3), seed=0)
+        assert torch.equal(torch.cat([t0, t1]), result.t)
+        assert torch.equal(torch.cat([losses0, losses1]), result.per_sample)
+    assert seen0 == seen1 == loss.samples_seen == 16

@@ -6,15 +6,12 @@
 
 namespace ddpm_fast {
 
-// exp(x) and exp(x) - 1 - x, the second to full precision near 0 as well. x is kept in [-87, 87],
-// the range of float32 results; NaN passes through.
+// exp(x) and exp(x) - 1 - x, the second to full precision near 0 as well, for x in [-87, 87], the
+// range of float32 results; NaN passes through.
 template <class V>
-DDPM_FAST_HD void exp_clamped_with_excess(typename V::F x, typename V::F& exp,
-                                          typename V::F& excess) {
+DDPM_FAST_HD void exp_with_excess(typename V::F x, typename V::F& exp, typename V::F& excess) {
   using F = typename V::F;
   using U = typename V::U;
-  x = V::select(x < V::splat(-87.0f), V::splat(-87.0f), x);
-  x = V::select(x > V::splat(87.0f), V::splat(87.0f), x);
   // Adding 1.5 * 2^23 leaves the nearest integer in the low bits of the sum.
   const F shifted = V::fma(x, V::splat(0x1.715476p+0f), V::splat(0x1.8p+23f));
   const F k = shifted - V::splat(0x1.8p+23f);
@@ -32,10 +29,13 @@ DDPM_FAST_HD void exp_clamped_with_excess(typename V::F x, typename V::F& exp,
   excess = V::select(k == V::splat(0.0f), near_zero, exp - V::splat(1.0f) - x);
 }
 
+// exp(x) for x kept in that range.
 template <class V>
 DDPM_FAST_HD typename V::F exp_clamped(typename V::F x) {
+  x = V::select(x < V::splat(-87.0f), V::splat(-87.0f), x);
+  x = V::select(x > V::splat(87.0f), V::splat(87.0f), x);
   typename V::F exp, excess;
-  exp_clamped_with_excess<V>(x, exp, excess);
+  exp_with_excess<V>(x, exp, excess);
   return exp;
 }
 

@@ -68,15 +68,17 @@ struct VlbTermsParams {
 
 constexpr float kBitsPerNat = 0x1.715476p+0f;
 
-// The log of q's variance over p's, of the model's v, and its derivative.
+// The log of q's variance over p's, of the model's v, kept in the range of exp, and its derivative
+// inside that range. NaN passes.
 template <class V>
 DDPM_FAST_HD typename V::F log_ratio(const VlbRow& row, VlbVariance variance, typename V::F v) {
-  if (variance == VlbVariance::kLearned) return V::splat(row.log_variance) - v;
+  if (!is_learned(variance)) return V::splat(row.ratio_min);
+  typename V::F ratio = V::splat(row.log_variance) - v;
   if (variance == VlbVariance::kLearnedRange) {
     const typename V::F half = V::splat(0.5f * (row.ratio_max - row.ratio_min));
-    return V::fma(v + V::splat(1.0f), half, V::splat(row.ratio_min));
+    ratio = V::fma(v + V::splat(1.0f), half, V::splat(row.ratio_min));
   }
-  return V::splat(row.ratio_min);
+  return V::at_most(V::at_least(ratio, V::splat(-87.0f)), V::splat(87.0f));
 }
 DDPM_FAST_HD float log_ratio_by_v(const VlbRow& row, VlbVariance variance) {
   return variance == VlbVariance::kLearned ? -1.0f : 0.5f * (row.ratio_max - row.ratio_min);
@@ -90,7 +92,7 @@ struct KlTerm {
   DDPM_FAST_HD KlTerm(const VlbRow& row, typename V::F ratio, typename V::F error) {
     using F = typename V::F;
     F e, excess;  // e^ratio, and e^ratio - 1 - ratio
-    exp_clamped_with_excess<V>(ratio, e, excess);
+    exp_with_excess<V>(ratio, e, excess);
     const F scaled = V::splat(row.precision) * e * error;
     const F half = V::splat(0.5f);
     nats = half * V::fma(scaled, error, excess);

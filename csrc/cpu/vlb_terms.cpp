@@ -40,9 +40,9 @@ VecF x0_hat_of(const Coefficients& c, VecF x0, VecF z, VecF m, VecF& unclipped) 
   return clip<Lanes>(unclipped, Lanes::splat(c.lo), Lanes::splat(c.hi));
 }
 
-// Where the clip does not hold x0_hat fast. A NaN is held.
-VecI moves(const Coefficients& c, VecF unclipped) {
-  return (unclipped >= Lanes::splat(c.lo)) & (unclipped <= Lanes::splat(c.hi));
+// Where the clip holds x0_hat fast. A NaN is not held: it reaches the gradient.
+VecI held(const Coefficients& c, VecF unclipped) {
+  return (unclipped < Lanes::splat(c.lo)) | (unclipped > Lanes::splat(c.hi));
 }
 
 template <bool kLearned, bool kWhole>
@@ -67,7 +67,7 @@ GranuleSums kl_granule(const Coefficients& shared, const Granule& g) {
         const VecF nats = kWhole ? term.nats : only_before(g.count, i, term.nats);
         sums.of[kVlb].rows[k] = sums.of[kVlb].rows[k] + nats;
       }
-      by_m = Lanes::select(moves(c, unclipped), by_m, zero);
+      by_m = Lanes::select(held(c, unclipped), zero, by_m);
       if (c.hybrid) {
         VecF r = residual<Lanes>(c.prediction, Lanes::splat(c.row.signal),
                                  Lanes::splat(c.row.sigma), m, x0, z);
@@ -85,14 +85,14 @@ GranuleSums kl_granule(const Coefficients& shared, const Granule& g) {
 
 // t = 0, one element at a time: the samples there are few.
 void decoder_granule(const Coefficients& c, const Granule& g, TileSum (&sums)[kSums]) {
-  alignas(64) float x0_hat[kGranule], inside[kGranule], ratio[kGranule], r[kGranule];
+  alignas(64) float x0_hat[kGranule], fast[kGranule], ratio[kGranule], r[kGranule];
   for (int j = 0; j < kGranule; j += kWidth) {
     const VecF x0 = load_unaligned<VecF>(g.x0 + j), z = load_unaligned<VecF>(g.z + j);
     const VecF m = load_unaligned<VecF>(g.m + j);
     const VecF v = g.v != nullptr ? load_unaligned<VecF>(g.v + j) : VecF{};
     VecF unclipped;
     store_unaligned(x0_hat + j, x0_hat_of(c, x0, z, m, unclipped));
-    store_unaligned(inside + j, Lanes::select(moves(c, unclipped), Lanes::splat(1.0f), VecF{}));
+    store_unaligned(fast + j, Lanes::select(held(c, unclipped), Lanes::splat(1.0f), VecF{}));
     store_unaligned(ratio + j, log_ratio<Lanes>(c.row, c.variance, v));
     store_unaligned(r + j, residual<Lanes>(c.prediction, Lanes::splat(c.row.signal),
                                            Lanes::splat(c.row.sigma), m, x0, z));
@@ -103,7 +103,7 @@ void decoder_granule(const Coefficients& c, const Granule& g, TileSum (&sums)[kS
     const double error = static_cast<double>(g.x0[j]) - x0_hat[j];
     sums[kVlb].add(j, term.nats);
     sums[kSquaredError].add(j, error * error);
-    g.by_m[j] = inside[j] != 0.0f ? static_cast<float>(term.by_mean) * c.by_m : 0.0f;
+    g.by_m[j] = fast[j] != 0.0f ? 0.0f : static_cast<float>(term.by_mean) * c.by_m;
     if (c.hybrid) {
       sums[kSimple].add(j, static_cast<double>(r[j]) * r[j]);
       g.by_m[j] = c.simple * r[j];

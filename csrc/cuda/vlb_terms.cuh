@@ -52,7 +52,8 @@ struct VlbOfSample {
   }
 };
 
-// One element: x0_hat, and whether the clip leaves it as it is. A NaN is held fast.
+// One element: x0_hat, and whether the clip leaves it as it is. A NaN is not held: it reaches the
+// gradient.
 struct PredictedX0 {
   float x0_hat;
   bool moves;
@@ -61,7 +62,7 @@ struct PredictedX0 {
     const float x_t = q_sample<ScalarLanes>(row.signal, row.sigma, x0, z);
     const float unclipped = row.r * ScalarLanes::fma(row.c_m, m, row.c_x * x_t);
     x0_hat = clip<ScalarLanes>(unclipped, p.lo, p.hi);
-    moves = unclipped >= p.lo && unclipped <= p.hi;
+    moves = !(unclipped < p.lo || unclipped > p.hi);
   }
 };
 

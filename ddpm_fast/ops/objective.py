@@ -76,12 +76,14 @@ def check_model_output(
 
 def check_x0(x0: Tensor, shape: torch.Size, device: torch.device) -> None:
     checks.check_tensor("x0", x0, device, X0_DTYPES)
+    _check_no_gradient("x0", x0)
     checks.check_same_shape("x0", x0, shape)
 
 
 def check_noise(noise: Tensor | None, shape: torch.Size, device: torch.device) -> None:
     if noise is not None:
         checks.check_tensor("noise", noise, device, checks.FLOAT_DTYPES)
+        _check_no_gradient("noise", noise)
         checks.check_same_shape("noise", noise, shape)
 
 
@@ -91,8 +93,17 @@ def sample_weights(
     if weights is None:
         return None
     checks.check_tensor(name, weights, device, (torch.float32,))
+    _check_no_gradient(name, weights)
     checks.check_same_shape(name, weights, (samples,))
-    return weights.detach().contiguous()
+    return weights.contiguous()
+
+
+def _check_no_gradient(name: str, tensor: Tensor) -> None:
+    if torch.is_grad_enabled() and tensor.requires_grad:
+        raise ValueError(
+            f"{name} requires grad, but only model_output is differentiated by: detach it, or "
+            "multiply the result"
+        )
 
 
 def check_values_on_host(address: Address, t: int, ts: Tensor | None, num_steps: int) -> None:
