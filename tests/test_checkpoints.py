@@ -199,7 +199,9 @@ def test_load_model_checks_what_it_reads(tmp_path):
     for step in (1, 2):
         write_checkpoint(tmp_path / "checkpoints", snapshot(step))
     damage(tmp_path / "checkpoints" / "step-00000002" / "ema.safetensors", "cut")
-    with pytest.raises(CheckpointError, match=r"cut short; the last good one is .*step-00000001"):
+    with pytest.raises(
+        CheckpointError, match=r"cut short; the last good checkpoint is .*step-00000001"
+    ):
         load_model(tmp_path)
     load_model(tmp_path, ema=None)  # the weights themselves are whole
 
@@ -257,3 +259,34 @@ def test_another_format_is_refused(tmp_path):
         (path / "state.json").write_text(json.dumps({**state, **change}))
         with pytest.raises(CheckpointError, match=message):
             read_checkpoint(path)
+
+
+def test_the_checkpoint_just_written_stays(tmp_path):
+    """Whatever higher numbers lie beside it; and so does what `latest` names."""
+    for step in (30, 40, 50):
+        write_checkpoint(tmp_path, snapshot(step))
+    path = write_checkpoint(tmp_path, snapshot(10), keep=2)
+    assert verify(path)["step"] == 10
+    assert [step for step, _ in steps_in(tmp_path)] == [10, 40, 50]
+    assert os.readlink(tmp_path / "latest") == path.name
+
+
+@pytest.mark.parametrize("where", ["state", "config"])
+def test_a_later_format_is_no_damage(tmp_path, where):
+    write_checkpoint(tmp_path, snapshot(1))
+    path = write_checkpoint(tmp_path, snapshot(2)) / checkpoints.STATE
+    state = json.loads(path.read_text())
+    (state if where == "state" else state["config"])["format_version"] = 2
+    path.write_text(json.dumps(state))
+    with pytest.raises(checkpoints.NewerCheckpointError, match="reads version 1"):
+        newest_whole(tmp_path)
+    with pytest.raises(checkpoints.NewerCheckpointError, match=r"checkpoint is .*step-00000001"):
+        load_model(tmp_path / "latest")
+
+
+def test_class_names_are_loaded(tmp_path):
+    """Those that are no UTF-8 as well; None of a checkpoint that has none."""
+    assert load_model(write_checkpoint(tmp_path, snapshot(1))).class_names is None
+    named = snapshot(2)
+    named.state["class_names"] = ["ä", os.fsdecode(b"\xff")]
+    assert load_model(write_checkpoint(tmp_path, named)).class_names == named.state["class_names"]

@@ -369,3 +369,14 @@ def test_ctrl_c_leaves_whole_files(run, tmp_path):
     assert names == [f"{i:06d}.png" for i in range(len(names))]
     shapes = {np.asarray(Image.open(tmp_path / name)).shape for name in names}
     assert shapes == {(8, 8)}
+
+
+def test_images_beyond_those_asked_for_are_told_of(run, tmp_path, capsys):
+    few = ["--method", "ddim", "--num-steps", 2]
+    assert sample(run, tmp_path, "--num", 5, *few) == 0
+    assert sample(run, tmp_path, "--num", 3, "--overwrite", "--seed", 1, *few) == 0
+    said = capsys.readouterr().err
+    assert said == (
+        f"{tmp_path} holds 2 images of numbers from 3 on, drawn before: they stay as they were\n"
+    )
+    assert len(pixels(tmp_path)) == 5

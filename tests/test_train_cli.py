@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,16 +17,28 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from training_runs import CHILD, READS_FILES, TINY, assert_same_run, command, log_of, torchrun
+from training_runs import (
+    CHILD,
+    READS_FILES,
+    TINY,
+    assert_same_run,
+    command,
+    log_of,
+    tiny_images,
+    torchrun,
+)
 
 from ddpm_fast import UNet
 from ddpm_fast.cli import main
 from ddpm_fast.training import data
 from ddpm_fast.training.checkpoints import load_model, read_checkpoint, steps_in
-from ddpm_fast.training.data import data_order
+from ddpm_fast.training.config import RunConfig
+from ddpm_fast.training.data import data_order, open_data
+from ddpm_fast.training.errors import RunError
 from ddpm_fast.training.fields import merged
 from ddpm_fast.training.lock import RunLock
 from ddpm_fast.training.pictures import read_png
+from ddpm_fast.training.runs import RunFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -399,6 +413,109 @@ def test_other_data_than_the_run_began_with(tmp_path, config, images, capsys):
     capsys.readouterr()
     status, said = complaint(capsys, "--out", out, "--resume", "--steps", 9)
     assert (status, "has 25 images; the run began with 24" in said) == (2, True)
+
+
+def test_the_classes_a_run_began_with(tmp_path, config, capsys, monkeypatch):
+    """A test set without the first class has the labels of the run; a class that has another name,
+    or files that have, are refused on resume; the same files elsewhere are not."""
+    images, out = tmp_path / "images", tmp_path / "run"
+    for name in "abc":
+        for split in ("images", "test")[: 1 + (name != "a")]:
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(4):
+                Image.effect_noise((8, 8), 60).save(tmp_path / split / name / f"{i}.png")
+    arguments = ["--set", f"data.path={os.path.relpath(images)}", "--config", config, "--quiet"]
+    assert train(*arguments, "--out", out) == 0
+    assert json.loads((out / "config.json").read_text())["data"]["path"] == str(images)
+    assert load_model(out).class_names == ["a", "b", "c"]
+    opened = []
+
+    def spy(*args, **options):
+        opened.append(open_data(*args, **options))
+        raise ValueError("seen")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "open_data", spy)
+        assert main(["evaluate", str(out), "--data", str(tmp_path / "test"), "--quiet"]) == 2
+    assert sorted(set(opened[0].batch(range(8))[1].tolist())) == [1, 2]
+    capsys.readouterr()
+    resumed = ["--out", out, "--resume", "--steps", 9]
+    saved = (out / "config.json").read_text()
+    (images / "b").rename(images / "bb")
+    status, said = complaint(capsys, *resumed)
+    assert (status, "label 1 is 'bb', it was 'b'" in said) == (2, True)
+    (images / "bb").rename(images / "b")
+    (images / "b" / "0.png").rename(images / "b" / "9.png")
+    status, said = complaint(capsys, *resumed)
+    assert (status, "files of other names than the run began with" in said) == (2, True)
+    assert (out / "config.json").read_text() == saved
+    (images / "b" / "9.png").rename(images / "b" / "0.png")
+    images.rename(tmp_path / "moved")
+    changed = ["--data", tmp_path / "moved", "--on-bad-image", "skip", "--grad-accum", 2]
+    changed += ["--set", "activation_checkpointing=true", "--quiet"]
+    assert train(*resumed, *changed) == 0
+    state = out / "checkpoints" / "latest" / "state.json"
+    old = json.loads(state.read_text())
+    del old["class_names"], old["files_sha256"]
+    state.write_text(json.dumps(old))
+    assert load_model(out).class_names is None
+    assert train("--out", out, "--resume", "--steps", 10, "--quiet") == 0
+
+
+def test_resume_does_not_start_over(tmp_path, config, capsys, monkeypatch):
+    out = tmp_path / "run"
+    checkpoints = out / "checkpoints"
+    common = ["--data", "digits", "--config", config, "--quiet", "--checkpoint-every", 3]
+    assert train(*common, "--out", out) == 0
+    capsys.readouterr()
+    there = sorted(checkpoints.iterdir())
+    log = (out / "log.jsonl").read_bytes()
+
+    def broken_call(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "disk")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ddpm_fast.training.checkpoints._fingerprint", broken_call)
+        status, said = complaint(capsys, "--out", out, "--resume", "--steps", 9)
+    assert (status, "cannot read disk: Input/output error" in said) == (1, True)
+    with monkeypatch.context() as patch:
+        patch.setattr("ddpm_fast.training.journal.write_bytes", broken_call)
+        status, said = complaint(capsys, "--out", out, "--resume", "--steps", 9, "--quiet")
+    good = f"Input/output error (disk); the last good checkpoint is {there[-1]}\n"
+    assert (status, said.endswith(good)) == (1, True)
+
+    state = there[-1] / "state.json"
+    text = state.read_text()
+    state.write_text(text.replace('"format_version": 1', '"format_version": 2', 1))
+    status, said = complaint(capsys, "--out", out, "--resume", "--steps", 9)
+    assert (status, "has format version 2; this ddpm_fast reads version 1" in said) == (1, True)
+    for path in there[1:]:
+        (path / "state.json").write_text(text[:100])
+    status, said = complaint(capsys, "--out", out, "--resume", "--steps", 9)
+    assert (status, said.count("is not JSON (cut short?)")) == (1, 3)
+    assert sorted(checkpoints.iterdir()) == there
+    shutil.rmtree(checkpoints)
+    status, said = complaint(capsys, "--out", out, "--resume", "--steps", 9)
+    assert (status, "log.jsonl goes to step 6, and there is no checkpoint" in said) == (1, True)
+    assert (out / "log.jsonl").read_bytes() == log
+
+
+def test_two_starts_at_once(tmp_path, config, capsys):
+    """Both have looked at an empty folder; the second finds what the first has done meanwhile."""
+    out, images = tmp_path / "run", tiny_images()
+    late, resuming = RunFolder(out), RunFolder(out)
+    late.look(resume=False)
+    resuming.look(resume=True)
+    assert train("--data", "digits", "--config", config, "--quiet", "--out", out) == 0
+    saved = RunConfig.from_json((out / "config.json").read_text())
+    with pytest.raises(RunError, match="holds a run already"):
+        late.begin(saved, images)
+    late.release()
+    digits = open_data("digits", image_size=8, channels=1)
+    found = resuming.begin(saved, digits)
+    resuming.release()
+    assert found is not None
+    assert found.step == 6
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small file system")

@@ -516,3 +516,57 @@ def test_the_lock_is_the_process_alone(tmp_path):
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+
+
+def test_what_ends_a_loop_names_the_last_good_checkpoint(tmp_path, monkeypatch):
+    """A reading process that was killed, and images of which none can be read."""
+    from ddpm_fast.training.images import NoReadableImageError
+
+    failures = {
+        "a process that reads images has ended: DataLoader worker (pid 7) is killed": RuntimeError(
+            "DataLoader worker (pid 7) is killed by signal: Killed.\nmore"
+        ),
+        "none of the 3 images": NoReadableImageError("none of the 3 images of x is readable"),
+    }
+    for i, (message, failure) in enumerate(failures.items()):
+        out = tmp_path / str(i)
+        out.mkdir()
+        loop = Loop(new_trainer(tiny_config()), tiny_images(), out, None, True)
+
+        def fails(*_, failure=failure):
+            raise failure
+
+        monkeypatch.setattr(loop, "step", fails)
+        with pytest.raises(RunError) as caught:
+            loop.run()
+        assert str(caught.value).startswith(message)
+        good = out / "checkpoints" / "step-00000000"
+        assert str(caught.value).endswith(f"; the last good checkpoint is {good}")
+
+
+def test_a_lost_peer_is_told_without_guesses():
+    from ddpm_fast.training.world import first_line
+
+    error = RuntimeError(
+        "[pair.cc:544] Connection closed by peer [::1]:9. This is typically caused by the remote "
+        "process crashing.\nmore"
+    )
+    assert first_line(error) == "[pair.cc:544] Connection closed by peer [::1]:9"
+
+
+def test_the_log_holds_finite_numbers(tmp_path):
+    from ddpm_fast.training.journal import Journal
+
+    journal = Journal(tmp_path, tiny_config(), 0, [0.5], True)
+    journal.write_line(1, grad_norm=math.inf, other=math.nan)
+    journal.close()
+    (line,) = log_of(tmp_path)
+    assert (line["loss"], line["grad_norm"], line["other"]) == (0.5, None, None)
+
+
+def test_torchrun_s_patience_is_told(monkeypatch, capfd):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    with Interrupts() as interrupts:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interrupts.signal == signal.SIGTERM
+    assert "torchrun kills what has not ended after 30 s" in capfd.readouterr().err

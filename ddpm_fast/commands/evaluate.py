@@ -98,6 +98,7 @@ def _run(arguments: argparse.Namespace) -> int:
             workers=arguments.workers,
             on_bad_image=arguments.on_bad_image,
             num_classes=unet.num_classes,
+            class_names=None if unet.num_classes is None else loaded.class_names,
             progress=progress,
         )
         number_of_images(data, arguments.num, at_least=2 if wants_frechet else 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from ..training.draw import Artist, draw_folder
+    from ..training.draw import Artist, count_beyond, draw_folder
 
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
@@ -77,6 +78,13 @@ def _run(arguments: argparse.Namespace) -> int:
         return failed("sample", f"cannot write to {out}: {error.strerror or error}", 1)
     except (FloatingPointError, RuntimeError) as error:
         return failed("sample", error, 1)
+    beyond = count_beyond(out, arguments.num) if arguments.overwrite and rank == 0 else 0
+    if beyond:
+        print(
+            f"{out} holds {beyond} image{'s' * (beyond != 1)} of numbers from {arguments.num} on, "
+            "drawn before: they stay as they were",
+            file=sys.stderr,
+        )
     who = "" if world_size == 1 else f"process {rank} of {world_size}: "
     print(
         f"{who}drew {drawn} of images 0 … {arguments.num - 1} in {out}, by the model of step "

@@ -118,9 +118,14 @@ def _told(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace, explicit: dict[str, Any], world: World) -> int:
-    from ..training.errors import RunError
     from ..training.loop import Loop
-    from ..training.runs import RunFolder, default_preset, opened_data, wanted_values
+    from ..training.runs import (
+        RunFolder,
+        check_data,
+        default_preset,
+        opened_data,
+        wanted_values,
+    )
     from ..training.trainer import Trainer, check
 
     folder = RunFolder(arguments.out)
@@ -143,15 +148,11 @@ def _train(arguments: argparse.Namespace, explicit: dict[str, Any], world: World
     try:
         values = world.share(look)
         data, config = world.together(opened)
-        snapshot = world.share(lambda: folder.begin(config))
+        snapshot = world.share(lambda: folder.begin(config, data))
         if world.first:
             _show(arguments.quiet, folder.notes)
-        if snapshot is not None and snapshot.state["num_images"] != len(data):
-            raise RunError(
-                f"data.path {config.data.path} has {len(data)} images; the run began with "
-                f"{snapshot.state['num_images']}, and their order would be another",
-                2,
-            )
+        if snapshot is not None:  # each process reads its own copy of the data
+            world.together(lambda: check_data(snapshot, config, data))
         done = 0 if snapshot is None else snapshot.step
         if done >= config.steps:
             if world.first:
@@ -206,6 +207,10 @@ def explicit_values(arguments: argparse.Namespace) -> dict[str, Any]:
         for part in reversed(name.split(".")):
             nested = {part: nested}
         values = merged(values, nested)
+    data = values.get("data")
+    path = data.get("path") if isinstance(data, dict) else None
+    if isinstance(path, str) and path not in ("", "digits"):  # found again from any folder
+        values = merged(values, {"data": {"path": os.path.abspath(path)}})
     return values
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from ..nn import UNet
 from ..nn import checkpoint as weights
 from .config import RunConfig
-from .fields import ConfigError
+from .fields import ConfigError, NewerFormatError
 
 FORMAT, FORMAT_VERSION = "ddpm_fast checkpoint", 1
 STATE, AVERAGES, OPTIMIZER = "state.json", "ema.safetensors", "optimizer.safetensors"
@@ -36,6 +36,10 @@ _STEP = re.compile(r"step-(\d{8,})")
 
 class CheckpointError(ValueError):
     """A checkpoint that is cut short, damaged, or of another kind: which file, and how."""
+
+
+class NewerCheckpointError(CheckpointError):
+    """A checkpoint that a later version wrote: nothing is wrong with it."""
 
 
 @dataclass
@@ -98,7 +102,8 @@ def write_checkpoint(checkpoints: Path, snapshot: Snapshot, keep: int = 0) -> Pa
             "files": {file: _fingerprint(partial / file) for file in FILES},
         }
         text = json.dumps(state, indent=2, ensure_ascii=False) + "\n"
-        weights.write_bytes(partial / STATE, text.encode())
+        # A name that is no UTF-8 comes as surrogates, which JSON writes as \udcXX.
+        weights.write_bytes(partial / STATE, text.encode(errors="backslashreplace"))
         _sync(partial)
         if final.exists():
             set_aside(final)
@@ -108,7 +113,7 @@ def write_checkpoint(checkpoints: Path, snapshot: Snapshot, keep: int = 0) -> Pa
         raise
     _sync(checkpoints)
     point_latest(checkpoints, name)
-    _prune(checkpoints, keep)
+    _prune(checkpoints, keep, name)
     return final
 
 
@@ -165,10 +170,12 @@ def verify(folder: Path, files: Iterable[str] = FILES) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not JSON (cut short?): {error}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"{path} does not describe a checkpoint of a ddpm_fast run")
-    if state.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has format version {state.get('format_version')}; this ddpm_fast reads "
-            f"version {FORMAT_VERSION}"
+    version = state.get("format_version")
+    if version != FORMAT_VERSION:
+        newer = isinstance(version, int) and version > FORMAT_VERSION
+        raise (NewerCheckpointError if newer else CheckpointError)(
+            f"{path} has format version {version}; this ddpm_fast reads version {FORMAT_VERSION}"
+            f"{': take a later ddpm_fast' if newer else ''}"
         )
     for file in files:
         expected = state.get("files", {}).get(file)
@@ -215,16 +222,32 @@ def read_checkpoint(folder: Path) -> Snapshot:
 
 
 def newest_whole(checkpoints: Path) -> tuple[Path | None, dict[Path, str]]:
-    """The newest checkpoint that is whole, and what is wrong with each newer one."""
+    """The newest checkpoint that is whole, and what is wrong with each newer one.
+
+    Raises:
+        NewerCheckpointError: a later version's, before a whole one was found.
+        OSError: one that cannot be read, the same.
+    """
     broken = {}
     for _, path in reversed(steps_in(checkpoints)):
         try:
             _config(path, verify(path).get("config"))
+        except NewerCheckpointError:
+            raise
         except CheckpointError as error:
             broken[path] = str(error)
         else:
             return path, broken
     return None, broken
+
+
+def last_good(checkpoints: Path) -> str:
+    """The newest checkpoint that can be read and is whole, in words for an error; "" for none."""
+    for _, path in reversed(steps_in(checkpoints)):
+        with contextlib.suppress(CheckpointError, OSError):
+            _config(path, verify(path).get("config"))
+            return f"; the last good checkpoint is {path}"
+    return ""
 
 
 @dataclass(frozen=True)
@@ -236,12 +259,15 @@ class LoadedModel:
         config: of its run; ``config.build_schedule()`` is its forward process.
         step: after which it was saved.
         path: the checkpoint's folder.
+        class_names: of the labels 0, 1, …; None where there are none, or the checkpoint is of a
+            version that did not keep them.
     """
 
     model: UNet
     config: RunConfig
     step: int
     path: Path
+    class_names: list[str] | None = None
 
 
 def load_model(
@@ -271,14 +297,12 @@ def load_model(
         file, prefix = (weights.WEIGHTS, "") if ema is None else (AVERAGES, f"{ema!r}/")
         state = verify(folder, (file,))
     except CheckpointError as error:
-        whole, _ = newest_whole(folder.parent)
-        hint = "" if whole is None else f"; the last good one is {whole}"
-        raise CheckpointError(f"{error}{hint}") from error
+        raise type(error)(f"{error}{last_good(folder.parent)}") from error
     model = UNet(config.unet)
     with safe_open(folder / file, framework="pt") as tensors:
         names = [name for name in tensors.keys() if name.startswith(prefix)]  # noqa: SIM118
         model.load_state_dict({n.removeprefix(prefix): tensors.get_tensor(n) for n in names})
-    return LoadedModel(model.eval(), config, state["step"], folder)
+    return LoadedModel(model.eval(), config, state["step"], folder, state.get("class_names"))
 
 
 def _checkpoint_of(path: Path) -> Path:
@@ -299,7 +323,8 @@ def _config(folder: Path, values: Any) -> RunConfig:
     try:
         return RunConfig.from_dict(values)
     except ConfigError as error:
-        raise CheckpointError(f"{folder / STATE} does not configure a run: {error}") from error
+        kind = NewerCheckpointError if isinstance(error, NewerFormatError) else CheckpointError
+        raise kind(f"{folder / STATE} does not configure a run: {error}") from error
 
 
 def _fingerprint(path: Path) -> Mapping[str, Any]:
@@ -327,9 +352,12 @@ def point_latest(checkpoints: Path, name: str) -> None:
     _sync(checkpoints)
 
 
-def _prune(checkpoints: Path, keep: int) -> None:
+def _prune(checkpoints: Path, keep: int, written: str) -> None:
     """Out of sight first: what is half removed must not look like a checkpoint."""
-    for _, path in steps_in(checkpoints)[: -keep or None] if keep else []:
+    needed = {written, os.readlink(checkpoints / LATEST)}
+    for _, path in steps_in(checkpoints)[:-keep] if keep else []:
+        if path.name in needed:
+            continue
         hidden = checkpoints / f".{path.name}.removing"
         with contextlib.suppress(OSError):  # it takes room, nothing else
             os.rename(path, hidden)

@@ -9,11 +9,19 @@ from typing import Any, Literal
 
 from ..nn import UNetConfig
 from ..schedule import NoiseSchedule, Prediction, Variance
-from .fields import ConfigError, differences, read
+from .fields import ConfigError, NewerFormatError, differences, read
 
 FORMAT, FORMAT_VERSION = "ddpm_fast run", 1
-# Changing these does not change what is computed; steps may only grow.
-CHANGEABLE = ("output.", "data.workers")
+# Changing these changes nothing of what is computed, or roundings alone; steps may only grow. That
+# another data.path has the same images is looked at when they are opened.
+CHANGEABLE = (
+    "output.",
+    "data.path",
+    "data.workers",
+    "data.on_bad_image",
+    "grad_accum",
+    "activation_checkpointing",
+)
 _WITH_BETA_BOUNDS = ("linear", "scaled_linear", "quadratic", "sigmoid")
 
 
@@ -256,6 +264,11 @@ class RunConfig:
             raise ConfigError(f"a config is an object {{…}}; got {type(values).__name__}")
         values = dict(values)
         kind, version = values.pop("format", FORMAT), values.pop("format_version", FORMAT_VERSION)
+        if kind == FORMAT and isinstance(version, int) and version > FORMAT_VERSION:
+            raise NewerFormatError(
+                f"format_version is {version}; this ddpm_fast reads version {FORMAT_VERSION}: take "
+                "a later one"
+            )
         if kind != FORMAT or version != FORMAT_VERSION:
             raise ConfigError(
                 f"format must be {FORMAT!r}, version {FORMAT_VERSION}; got {kind!r}, {version!r}"

@@ -166,4 +166,5 @@ def _read_all(data: ImageData, progress: bool) -> TensorImages:
     names = data.class_names
     read = TensorImages(images, None if names is None else labels, names)
     read.bad_images.update(data.bad_images)
+    read.files_sha256 = data.files_sha256
     return read

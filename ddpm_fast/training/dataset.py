@@ -22,6 +22,7 @@ class ImageData:
         class_names: of the labels 0, 1, …; None where there are no labels.
         workers: how many processes read ahead, unless the Loader is told.
         bad_images: what could not be read so far, by number.
+        files_sha256: of the sorted list of a folder's files; None where there is no folder.
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class ImageData:
         self.class_names = None if class_names is None else list(class_names)
         self.workers = workers
         self.bad_images: dict[int, UnreadableImage] = {}
+        self.files_sha256: str | None = None
 
     @property
     def num_classes(self) -> int | None:

@@ -184,6 +184,12 @@ def name_of(sample_id: int) -> str:
     return f"{sample_id:06d}.png"
 
 
+def count_beyond(out: Path, num: int) -> int:
+    """How many image files of numbers from ``num`` on a folder holds."""
+    numbers = (path.stem for path in out.glob("[0-9]*.png") if path.stem.isdecimal())
+    return sum(int(number) >= num for number in numbers)
+
+
 def draw_folder(
     artist: Artist,
     out: Path,

@@ -16,6 +16,10 @@ class ConfigError(ValueError):
     """A config that cannot be used, and which field of it."""
 
 
+class NewerFormatError(ConfigError):
+    """A config that a later version wrote."""
+
+
 def read(cls: type[_T], values: Any, where: str = "") -> _T:
     """A dataclass of ``values``, nested ones included; ``where`` is its place, "unet." say.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .dataset import ImageData
-from .images import EXTENSIONS, UnreadableImage, read_image, read_size, shown
+from .images import EXTENSIONS, NoReadableImageError, UnreadableImage, read_image, read_size, shown
 
 OnBadImage = Literal["raise", "skip"]
 SPLITS = ("train", "test")
@@ -41,6 +42,7 @@ class FolderImages(ImageData):
         self.root, self.labels, self.on_bad_image = root, labels, on_bad_image
         # One buffer: a list's reference counts would make each worker copy all of its pages.
         self._names = np.array([os.fsencode(name) for name in names])
+        self.files_sha256 = hashlib.sha256(b"\0".join(map(os.fsencode, names))).hexdigest()
         self._size: int | tuple[int, int]
         self._size = self._common_size() if image_size is None else image_size
         height, width = (self._size,) * 2 if isinstance(self._size, int) else self._size
@@ -57,7 +59,7 @@ class FolderImages(ImageData):
 
         Raises:
             UnreadableImage: one that cannot be read, where that is not to be skipped.
-            ValueError: none can.
+            NoReadableImageError: none can.
         """
         images = torch.empty((len(indices), *self.image_shape), dtype=torch.uint8)
         pixels, taken = images.numpy(), []
@@ -72,7 +74,7 @@ class FolderImages(ImageData):
                 taken.append(candidate)
                 break
             else:
-                raise ValueError(
+                raise NoReadableImageError(
                     f"none of the {len(self)} images of {shown(self.root)} is readable"
                 )
         return images, None if self.labels is None else self.labels[taken]
@@ -105,7 +107,9 @@ class FolderImages(ImageData):
                         "bring them to"
                     )
         if first is None:
-            raise ValueError(f"none of the {len(self)} images of {shown(self.root)} is readable")
+            raise NoReadableImageError(
+                f"none of the {len(self)} images of {shown(self.root)} is readable"
+            )
         return first[1]
 
     def _size_of(self, index: int) -> tuple[int, int] | UnreadableImage:

@@ -28,6 +28,10 @@ class UnreadableImage(ValueError):
         return f"cannot read image {shown(self.path)}: {self.reason}"
 
 
+class NoReadableImageError(ValueError):
+    """Of a data set whose images were all to be skipped."""
+
+
 def shown(path: str | os.PathLike[str]) -> str:
     """A path as it can be printed, whatever bytes it is made of."""
     return os.fsencode(path).decode("utf-8", "replace")

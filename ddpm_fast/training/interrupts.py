@@ -12,6 +12,7 @@ from typing import Any
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # torchrun hands on the Ctrl-C that the terminal has sent to all processes already.
 _REPEATED_WITHIN_SECONDS = 3.0
+_TORCHRUN = "TORCHELASTIC_RUN_ID"  # in the environment of its processes
 
 
 class Interrupts:
@@ -50,8 +51,10 @@ class Interrupts:
             self.signal, self._since = number, now
             if self.talkative:  # not print: a signal may come in the middle of one
                 again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
+                if _TORCHRUN in os.environ:
+                    again += "; torchrun kills what has not ended after 30 s"
                 os.write(2, f"\nfinishing the step and saving{again}\n".encode())
         elif number == signal.SIGINT:
-            if "TORCHELASTIC_RUN_ID" in os.environ and now - self._since < _REPEATED_WITHIN_SECONDS:
+            if _TORCHRUN in os.environ and now - self._since < _REPEATED_WITHIN_SECONDS:
                 return
             raise KeyboardInterrupt

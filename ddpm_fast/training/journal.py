@@ -20,6 +20,18 @@ from .pictures import grid, read_png
 LOG = "log.jsonl"
 
 
+def last_step(log: Path) -> int | None:
+    """Of the last whole line of a log; None where there is none.
+
+    Raises:
+        OSError: it is there and cannot be read.
+    """
+    for line in reversed(log.read_bytes().splitlines() if log.exists() else []):
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # cut short
+            return int(json.loads(line)["step"])
+    return None
+
+
 class Journal:
     """Of one run, in its first process.
 
@@ -75,7 +87,8 @@ class Journal:
             **values,
             "images_per_second": round(self._images / max(seconds, 1e-9), 1),
         }
-        self._log.write(json.dumps(line) + "\n")
+        finite = {name: value if math.isfinite(value) else None for name, value in line.items()}
+        self._log.write(json.dumps(finite, allow_nan=False) + "\n")
         if self._board is not None:
             for name, value in line.items():
                 if name not in ("step", "samples"):

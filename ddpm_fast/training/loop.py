@@ -10,12 +10,12 @@ from pathlib import Path
 from .checkpoints import Snapshot, folder_name, write_checkpoint
 from .dataset import ImageData
 from .errors import FailedElsewhere, RunError
-from .images import UnreadableImage
+from .images import NoReadableImageError, UnreadableImage, shown
 from .interrupts import Interrupts
 from .journal import Journal
 from .loader import Batch, Loader
 from .trainer import Trainer
-from .world import World, lost_peers
+from .world import World, first_line, lost_peers
 
 
 class Loop:
@@ -40,9 +40,17 @@ class Loop:
         self.reads_every_step = self._world.device.type == "cpu"
         self._last: tuple[float, float] = (math.nan, math.nan)
         self._journal: Journal | None = None
-        if self._world.first:
+
+        def open_journal() -> None:
             losses = [] if start is None else start.state["losses"]
-            self._journal = Journal(out, self._config, trainer.step_count, losses, quiet)
+            try:
+                self._journal = Journal(out, self._config, trainer.step_count, losses, quiet)
+            except OSError as error:
+                raise RunError(
+                    f"cannot write the log in {shown(out)}: {_reason(error)}; {self._last_good()}"
+                ) from error
+
+        self._world.share(open_journal)
 
     def run(self) -> int:
         """Trains to the last step; the number of the signal that stopped it before, or 0.
@@ -77,6 +85,17 @@ class Loop:
             raise RunError(
                 f"{error} (--on-bad-image skip takes another for it); {self._last_good()}"
             ) from error
+        except NoReadableImageError as error:
+            raise RunError(f"{error}; {self._last_good()}") from error
+        except FailedElsewhere as error:
+            if error.__cause__ is None:  # the process that failed says it all
+                raise
+            raise FailedElsewhere(f"{error}; {self._last_good()}", error.status) from error
+        except (RuntimeError, MemoryError) as error:
+            known = explained(error, self._world)
+            if known is None:
+                raise
+            raise type(known)(f"{known}; {self._last_good()}", known.status) from error
         finally:
             self.close()
         return 0
@@ -165,6 +184,8 @@ class Loop:
             assert self._journal is not None
             snapshot.state["losses"] = self._journal.losses
             snapshot.state["num_images"] = len(self._data)
+            snapshot.state["class_names"] = self._data.class_names
+            snapshot.state["files_sha256"] = self._data.files_sha256
             step = snapshot.step
             try:
                 write_checkpoint(self._checkpoints, snapshot, self._config.output.keep)
@@ -199,9 +220,9 @@ def _reason(error: OSError) -> str:
 def explained(error: BaseException, world: World | None) -> RunError | None:
     """An error of torch's as one that a person can act on; None for any other."""
     if world is not None and world.size > 1 and lost_peers(error):
-        return FailedElsewhere(
-            f"process {world.rank} lost the others: {str(error).splitlines()[0]}"
-        )
+        return FailedElsewhere(f"process {world.rank} lost the others: {first_line(error)}")
+    if "DataLoader worker" in str(error) and isinstance(error, RuntimeError):
+        return RunError(f"a process that reads images has ended: {first_line(error)}")
     if "out of memory" in str(error) and isinstance(error, (RuntimeError, MemoryError)):
         return RunError(
             f"out of memory: {str(error).splitlines()[0]} (--grad-accum and activation "

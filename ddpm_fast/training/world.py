@@ -38,7 +38,7 @@ class World:
             except (RuntimeError, ValueError) as error:
                 raise RunError(
                     f"process {self.rank} of {self.size} cannot reach the others (start them with "
-                    f"torchrun): {_first_line(error)}"
+                    f"torchrun): {first_line(error)}"
                 ) from error
 
     @property
@@ -112,7 +112,7 @@ class World:
         try:
             work()
         except RuntimeError as error:
-            raise FailedElsewhere(f"lost the other processes: {_first_line(error)}") from error
+            raise FailedElsewhere(f"lost the other processes: {first_line(error)}") from error
 
 
 def leave(status: int) -> None:
@@ -149,5 +149,7 @@ def _device(name: str | None, local_rank: int) -> torch.device:
     return device
 
 
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+def first_line(error: BaseException) -> str:
+    """Of an error's text, without gloo's guess at why a process is gone."""
+    line = next(iter(str(error).splitlines()), type(error).__name__)
+    return line.partition("This is typically")[0].rstrip(" .")
