@@ -77,13 +77,7 @@ def add_noise(
     else:
         t = checks.as_int("t", t, len(schedule))
     seed, seeds, ids = checks.noise_address(seed, sample_ids, samples, device)
-    stream = checks.as_int("stream", stream, 256)
-    indices = None
-    if isinstance(index, Tensor):
-        checks.per_sample_int("index", index, samples, device)
-        indices, index = index.contiguous(), 0
-    else:
-        index = checks.as_int("index", index, checks.MAX_INDEX)
+    stream, index, indices = checks.noise_draw(stream, index, samples, device)
     if noise is not None:
         checks.check_tensor("noise", noise, device, checks.FLOAT_DTYPES)
         checks.check_same_shape("noise", noise, x0.shape)

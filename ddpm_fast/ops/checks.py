@@ -111,6 +111,21 @@ def noise_address(
     return seed, seeds, sample_ids
 
 
+def noise_draw(
+    stream: int, index: int | Tensor, samples: int, device: torch.device
+) -> tuple[int, int, Tensor | None]:
+    """A draw's stream and index as the ops take them: one index for all, or int64 [N] of them.
+
+    Raises:
+        TypeError, ValueError: a stream or an index out of its range, indices not one a sample.
+    """
+    stream = as_int("stream", stream, 256)
+    if isinstance(index, Tensor):
+        per_sample_int("index", index, samples, device)
+        return stream, 0, index.contiguous()
+    return stream, as_int("index", index, MAX_INDEX), None
+
+
 def _ids_tensor(ids: Sequence[int], device: torch.device) -> Tensor:
     ids = [integer("sample_ids", i) for i in ids]
     if any(not 0 <= i < 1 << 63 for i in ids):

@@ -32,13 +32,7 @@ def noise_address(
 ) -> Address:
     """The checked address of one draw a sample."""
     seed, seeds, ids = checks.noise_address(seed, sample_ids, samples, device)
-    stream = checks.as_int("stream", stream, 256)
-    indices = None
-    if isinstance(index, Tensor):
-        checks.per_sample_int("index", index, samples, device)
-        indices, index = index.contiguous(), 0
-    else:
-        index = checks.as_int("index", index, checks.MAX_INDEX)
+    stream, index, indices = checks.noise_draw(stream, index, samples, device)
     return seed, seeds, ids, stream, index, indices
 
 

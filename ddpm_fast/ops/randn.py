@@ -58,14 +58,8 @@ def randn(
     checks.check_batch("shape", torch.Size(shape))
     if dtype not in checks.FLOAT_DTYPES:
         raise TypeError(f"dtype must be float32, bfloat16, float16; got {dtype}")
-    stream = checks.as_int("stream", stream, 256)
     seed, seeds, ids = checks.noise_address(seed, sample_ids, shape[0], device)
-    indices = None
-    if isinstance(index, Tensor):
-        checks.per_sample_int("index", index, shape[0], device)
-        indices, index = index.contiguous(), 0
-    else:
-        index = checks.as_int("index", index, checks.MAX_INDEX)
+    stream, index, indices = checks.noise_draw(stream, index, shape[0], device)
     channels_last = _is_channels_last(memory_format, len(shape))
     run_now = device.type != "meta" and checks.runs_now(seeds, ids, indices)
     run = _randn if run_now else torch.ops.ddpm_fast.randn.default

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +15,7 @@ from .images import UnreadableImage
 log = logging.getLogger(__name__)
 
 
-class ImageData:
+class ImageData(ABC):
     """Images by number, the same whenever and in whichever process they are asked for.
 
     Attributes:
@@ -39,12 +40,12 @@ class ImageData:
         """Labels lie in 0 … num_classes − 1."""
         return None if self.class_names is None else len(self.class_names)
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def __len__(self) -> int: ...
 
+    @abstractmethod
     def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """The images of these numbers, uint8 [N, C, H, W], and their labels, int64 [N] or None."""
-        raise NotImplementedError
 
     def note_bad(self, index: int, error: UnreadableImage) -> None:
         """Counts an image that is to be skipped, and names it once, in the process that loads."""
