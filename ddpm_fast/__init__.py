@@ -2,6 +2,7 @@
 
 from . import reference
 from .backends import backends, use_backend
+from .integrations import accelerate
 from .likelihood import BitsPerDim, bits_per_dim
 from .loss import DenoisingLoss, LossOutput
 from .nn import UNet, UNetConfig
@@ -21,6 +22,7 @@ __all__ = [
     "StepTable",
     "UNet",
     "UNetConfig",
+    "accelerate",
     "add_noise",
     "backends",
     "bits_per_dim",

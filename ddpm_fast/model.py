@@ -20,7 +20,8 @@ def call_model(
     halves: int = 1,
     where: str = "",
 ) -> Tensor:
-    """What a model says: a float tensor of x's shape, of ``halves`` times its channels.
+    """What a model says: a float tensor of x's shape, of ``halves`` times its channels; itself, its
+    ``.sample``, or first in a tuple.
 
     where: what an error adds about the call.
 
@@ -28,12 +29,14 @@ def call_model(
         TypeError, ValueError: it says something else.
     """
     output = model(x, t, **kwargs)
-    if not isinstance(output, Tensor):
+    if isinstance(output, tuple) and output:
+        output = output[0]
+    elif not isinstance(output, Tensor):
         output = getattr(output, "sample", output)
     if not isinstance(output, Tensor):
         raise TypeError(
-            "model must return a tensor, or an object whose .sample is one; got "
-            f"{type(output).__name__}"
+            "model must return a tensor, or an object whose .sample is one, or a tuple that "
+            f"begins with one; got {type(output).__name__}"
         )
     expected = [x.shape[0], halves * x.shape[1], *x.shape[2:]]
     if list(output.shape) != expected or output.dtype not in (*FLOAT_DTYPES, x.dtype):

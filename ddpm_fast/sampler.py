@@ -62,8 +62,8 @@ class Sampler:
 
     Args:
         model: any callable ``(x [N, C, …], t int64 [N], **model_kwargs)`` returning a tensor, or an
-            object whose ``.sample`` is one: [N, C, …], or [N, 2C, …] where the variance is learned.
-            It must leave x as it is.
+            object whose ``.sample`` is one, or a tuple that begins with one: [N, C, …], or
+            [N, 2C, …] where the variance is learned. It must leave x as it is.
         schedule: of the forward process that the model was trained on.
         prediction: what the model returns: "epsilon", "sample" (x_0) or "v_prediction".
         variance: "fixed_small" β̃, "fixed_large" β, "learned" log σ² or "learned_range".
@@ -77,6 +77,9 @@ class Sampler:
         guidance_scale: s of m_u + s (m_c − m_u), a number or float32 [N]; ``sample`` then takes
             ``uncond_kwargs``.
         denoised_fn: applied to x̂₀ before the clip.
+        model_timesteps: [T] integers or floats, what the model is given as t at each timestep of
+            the schedule: int64 [N] of them, or float32 [N]. The timesteps themselves if None;
+            ``torch.arange(T) * 1.0`` for models that take floats.
         device: of x_T where none is given: the model's parameters', else cpu.
         backend: "auto", or one to insist on.
         graph: "auto", or "off": whether steps may be captured into a graph, on devices that have
@@ -108,6 +111,7 @@ class Sampler:
         dynamic_threshold: float | None = None,
         guidance_scale: float | Tensor | None = None,
         denoised_fn: Callable[[Tensor], Tensor] | None = None,
+        model_timesteps: Tensor | Sequence[float] | None = None,
         device: torch.device | str | None = None,
         backend: Backend = "auto",
         graph: Literal["auto", "off"] = "auto",
@@ -145,9 +149,40 @@ class Sampler:
         self.dynamic_threshold = dynamic_threshold
         self.guidance_scale = guidance_scale
         self.denoised_fn = denoised_fn
+        self.model_timesteps = _model_timesteps(model_timesteps, schedule)
         self.device = None if device is None else torch.device(device)
         self.backend = backend
         self.graph = graph
+
+    @classmethod
+    def from_pipeline(
+        cls,
+        pipeline: Any,
+        *,
+        model: Model | None = None,
+        num_steps: int | None = None,
+        **arguments: Any,
+    ) -> Sampler:
+        """The sampler of a pipeline of another library: its model, schedule, trajectory and method.
+
+        Its noise is addressed and its coefficients are computed in float64, so that images differ
+        from the pipeline's by more than rounding where docs/pipelines.md says so; ``accelerate``
+        keeps to the pipeline's own. Samples come in [-1, 1], or whatever the model was trained on.
+
+        Args:
+            pipeline: what ``accelerate`` takes. OpenAI's objects hold no model: ``model`` is
+                needed. Of lucidrains' those without self-conditioning.
+            model: instead of the pipeline's.
+            num_steps: of the trajectory; the pipeline's own if None.
+            arguments: of Sampler, instead of the pipeline's.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as ``accelerate``; a pipeline that has no
+                equivalent here.
+        """
+        from .integrations import sampler_arguments
+
+        return cls(**{**sampler_arguments(pipeline, model, num_steps), **arguments})
 
     def __len__(self) -> int:
         """The number of steps."""
@@ -264,6 +299,9 @@ class _Run:
         self.rows = range(first, len(sampler))
         self.one_buffer = False
         self.timesteps: list[int] = sampler.table.timesteps.tolist()
+        told = sampler.model_timesteps
+        self.model_timesteps = self.timesteps if told is None else told[self.timesteps].tolist()
+        self.t_dtype = torch.int64 if told is None else told.dtype
         self.table = sampler.table.to(device)
         self.model_kwargs = dict(model_kwargs or {})
         self.uncond_kwargs = None if uncond_kwargs is None else dict(uncond_kwargs)
@@ -292,7 +330,8 @@ class _Run:
         lowp = None if self.low_precision is None else x.to(self.low_precision)
         x0 = x
         for row in self.rows:
-            t = torch.full((x.shape[0],), self.timesteps[row], device=x.device)
+            told = self.model_timesteps[row]
+            t = torch.full((x.shape[0],), told, dtype=self.t_dtype, device=x.device)
             x_in = x if lowp is None else lowp
             output = self._call(x_in, t, self.model_kwargs, row)
             uncond = None
@@ -402,6 +441,24 @@ def _check_guidance_scale(scale: float | Tensor) -> None:
         raise TypeError(f"guidance_scale must be a number or a tensor; got {scale!r}")
     elif not math.isfinite(scale):
         raise ValueError(f"guidance_scale must be finite; got {scale}")
+
+
+def _model_timesteps(
+    values: Tensor | Sequence[float] | None, schedule: NoiseSchedule
+) -> Tensor | None:
+    """[T] on the CPU, int64 or float32."""
+    if values is None:
+        return None
+    try:
+        told = torch.as_tensor(values).detach().cpu()
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"model_timesteps must be numbers: {error}") from None
+    if told.shape != (len(schedule),) or told.dtype == torch.bool or told.is_complex():
+        raise ValueError(
+            f"model_timesteps must be {len(schedule)} numbers, one a timestep of the schedule; got "
+            f"{told.dtype} {list(told.shape)}"
+        )
+    return told.float() if told.is_floating_point() else told.long()
 
 
 def _device_of(

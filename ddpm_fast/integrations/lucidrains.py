@@ -1,0 +1,5 @@
+KNOWN = ""
+
+
+def recognises(pipeline: object) -> bool:
+    return False
