@@ -4,6 +4,8 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 # Builds of torch for GPUs bring their own; here it is for its disassembler.
 TRITON := triton==3.6.0
+# They ask for torchvision, which would bring another build of torch; the tests stand in for it.
+LUCIDRAINS := denoising-diffusion-pytorch==2.3.4 pytorch-fid==0.3.0
 SOURCES := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 FORMATTED := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
 
@@ -18,6 +20,8 @@ $(VENV)/.built: constraints.txt pyproject.toml setup.py CMakeLists.txt $(SOURCES
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
 	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/pip install --quiet $(TRITON) || \
 	  echo "no $(TRITON) for this machine: the tests that need its tools are skipped"
+	$(BIN)/pip install --quiet --no-deps $(LUCIDRAINS) || \
+	  echo "no $(LUCIDRAINS) for this machine: the tests that need them are skipped"
 	touch $@
 
 # Trains on handwritten digits and draws some: see demo-out/.
