@@ -165,16 +165,18 @@ def run_op(
     others: tuple[Tensor | None, ...],
     headroom: int,
     *arguments: Any,
+    kept: type[torch.autograd.Function] | None = None,
 ) -> Any:
     """The op, by the shortest way that there is.
 
-    others: what else of its arguments is of the model's size; headroom: gradient_scale()'s.
+    others: what else of its arguments is of the model's size; headroom: gradient_scale()'s; kept:
+    what takes the kernel's gradient, KeptGradient if None.
     """
     arguments = (*arguments, wants_gradient(model_output), gradient_scale(model_output, headroom))
     if not checks.is_eager(model_output, *others):
         return op(model_output, *arguments)
     if arguments[-2]:
-        return KeptGradient.apply(model_output, kernel, *arguments)
+        return (kept or KeptGradient).apply(model_output, kernel, *arguments)
     return kernel(model_output, *arguments)
 
 
@@ -204,6 +206,39 @@ class KeptGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         return from_kept_gradient(ctx, *upstream)
+
+
+class KeptHalves(torch.autograd.Function):
+    """KeptGradient of a kernel that returns a sum, its two terms and the sum's gradient, each
+    term's in one half of the model's channels."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, model_output: Tensor, kernel: Callable[..., tuple[Tensor, ...]], *arguments: Any
+    ) -> tuple[Tensor, ...]:
+        results = kernel(model_output, *arguments)
+        ctx.scale, ctx.inputs = arguments[-1], 2 + len(arguments)
+        ctx.save_for_backward(results[-1])
+        ctx.mark_non_differentiable(results[-1])
+        ctx.set_materialize_grads(False)
+        return results
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        of_sum, of_first, of_second, _ = upstream
+        if of_first is None and of_second is None:
+            return from_kept_gradient(ctx, of_sum)
+        (gradient,) = ctx.saved_tensors
+        none = torch.zeros((), device=gradient.device)
+        first, second = (
+            (none if of_sum is None else of_sum) + (none if of_term is None else of_term)
+            for of_term in (of_first, of_second)
+        )
+        factors = torch.stack(torch.broadcast_tensors(first, second), 1) / ctx.scale  # [N, 2]
+        halves = gradient.unflatten(1, (2, gradient.shape[1] // 2))
+        scaled = halves * factors.reshape(*factors.shape, *[1] * (gradient.ndim - 1))
+        return (scaled.flatten(1, 2).to(gradient.dtype), *[None] * (ctx.inputs - 1))
 
 
 def keep_gradient(ctx: Any, results: tuple[Tensor, ...], scale: float, inputs: int) -> None:

@@ -3,7 +3,7 @@ Formula: csrc/core/vlb_terms.h."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 import torch
@@ -15,7 +15,7 @@ from ..reference import Cdf
 from ..schedule import NoiseSchedule, Prediction, Variance, one_of
 from . import checks, objective
 from .add_noise import STREAM
-from .denoising_loss import PREDICTIONS
+from .denoising_loss import PREDICTIONS, denoising_loss
 from .reverse_step import check_clip
 
 # In the order of VlbVariance and Cdf in csrc/core/vlb_terms.h.
@@ -111,6 +111,7 @@ def hybrid_loss(
     stream: int = STREAM,
     index: int | Tensor = 0,
     noise: Tensor | None = None,
+    cdf: Cdf = "exact",
     simple_weights: Tensor | None = None,
     vlb_weights: Tensor | None = None,
 ) -> Tensor:
@@ -133,13 +134,68 @@ def hybrid_loss(
     >>> hybrid_loss(torch.zeros(2, 2, 4, 4), x0, 10, NoiseSchedule.linear(), seed=0).shape
     torch.Size([2])
     """
-    if variance not in ("learned", "learned_range"):
-        raise ValueError(f"variance must be 'learned' or 'learned_range'; got {variance!r}")
+    _check_learned(variance)
     total, _ = _run(
         model_output, x0, t, schedule, prediction, variance, (seed, sample_ids, stream, index),
-        noise, check_clip(None), "exact", True, simple_weights, vlb_weights,
+        noise, check_clip(None), cdf, True, simple_weights, vlb_weights,
     )  # fmt: skip
     return total
+
+
+def hybrid_terms(
+    model_output: Tensor,
+    x0: Tensor,
+    t: int | Tensor,
+    schedule: NoiseSchedule,
+    *,
+    prediction: Prediction = "epsilon",
+    variance: Variance = "learned_range",
+    seed: int | Tensor,
+    sample_ids: Tensor | Sequence[int] | None = None,
+    stream: int = STREAM,
+    index: int | Tensor = 0,
+    noise: Tensor | None = None,
+    cdf: Cdf = "exact",
+    vlb_weights: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`hybrid_loss` and its two terms: L_simple + w_v · L_vlb, L_simple, w_v · L_vlb.
+
+    Each may be differentiated, alone or with the others: the terms' gradients lie in one half of
+    the model's output each.
+
+    Returns:
+        Three float32 [N], from one pass.
+
+    >>> x0 = torch.zeros(2, 1, 4, 4)
+    >>> terms = hybrid_terms(torch.zeros(2, 2, 4, 4), x0, 10, NoiseSchedule.linear(), seed=0)
+    >>> [term.shape for term in terms]
+    [torch.Size([2]), torch.Size([2]), torch.Size([2])]
+    """
+    _check_learned(variance)
+    draw = (seed, sample_ids, stream, index)
+    clip = check_clip(None)
+    if not checks.is_eager(model_output, x0, noise):
+        # Where an op is traced, one of its results is differentiated: here it takes two.
+        m, v = model_output.chunk(2, 1)
+        simple = denoising_loss(
+            model_output, t, schedule, prediction=prediction, variance=variance, seed=seed,
+            sample_ids=sample_ids, stream=stream, index=index, x0=x0, noise=noise,
+        )  # fmt: skip
+        vlb, _ = _run(
+            torch.cat([m.detach(), v], 1), x0, t, schedule, prediction, variance, draw, noise, clip,
+            cdf, False, None, vlb_weights,
+        )  # fmt: skip
+        return simple + vlb, simple, vlb
+    total, simple, vlb = _run(
+        model_output, x0, t, schedule, prediction, variance, draw, noise, clip, cdf, True, None,
+        vlb_weights, kernel=_terms_and_gradient,
+    )  # fmt: skip
+    return total, simple, vlb
+
+
+def _check_learned(variance: Variance) -> None:
+    if variance not in ("learned", "learned_range"):
+        raise ValueError(f"variance must be 'learned' or 'learned_range'; got {variance!r}")
 
 
 def _run(
@@ -156,8 +212,13 @@ def _run(
     hybrid: bool,
     simple_weights: Tensor | None,
     vlb_weights: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """The weighted sum [N], and the parts [3, N] that the schema names."""
+    kernel: Callable[..., tuple[Tensor, ...]] | None = None,
+) -> tuple[Tensor, ...]:
+    """The weighted sum [N], and the parts [3, N] that the schema names.
+
+    kernel: what runs instead of the op where nothing is traced, and gives results before the last
+    that are differentiated by one half of the model's output each.
+    """
     shape, _ = objective.check_model_output(model_output, prediction, variance)
     one_of("cdf", cdf, Cdf)
     device, samples = model_output.device, shape[0]
@@ -171,9 +232,9 @@ def _run(
             ("vlb_weights" if hybrid else "weights", vlb_weights),
         )
     )
-    total, parts, _ = objective.run_op(
+    *results, _ = objective.run_op(
         torch.ops.ddpm_fast.vlb_terms.default,
-        _vlb_terms,
+        _vlb_terms if kernel is None else kernel,
         model_output,
         (x0, noise),
         10,  # terms of small timesteps are steep
@@ -191,8 +252,9 @@ def _run(
         hybrid,
         simple_weights,
         vlb_weights,
+        kept=objective.KeptGradient if kernel is None else objective.KeptHalves,
     )
-    return total, parts
+    return tuple(results)
 
 
 @torch.library.impl(checks.library, "vlb_terms", "CompositeExplicitAutograd")
@@ -295,6 +357,14 @@ def _vlb_terms(
         *where,
     )
     return total, parts, gradient
+
+
+def _terms_and_gradient(model_output: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """The sum, its two terms and the gradient of a hybrid whose first weight is 1."""
+    total, parts, gradient = _vlb_terms(model_output, *arguments)
+    weights = arguments[-3]
+    vlb = parts[VLB].clone() if weights is None else parts[VLB] * weights
+    return total, parts[SIMPLE].clone(), vlb, gradient
 
 
 def _reference(
