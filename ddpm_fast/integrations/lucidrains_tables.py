@@ -1,0 +1,146 @@
+"""lucidrains' GaussianDiffusion as the kernels take it: tables made of its own buffers.
+
+DDPM is eqs. 6 and 7 of Ho et al. 2020, DDIM eq. 12 of Song et al. 2021 with ε rederived from the
+clipped x̂₀, both by that class's formulas and in its buffers' dtype, so that roundings agree.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..schedule import Prediction
+from .forward import ForwardWeights
+from .steps import Steps
+
+PREDICTIONS: dict[str, Prediction] = {
+    "pred_noise": "epsilon",
+    "pred_x0": "sample",
+    "pred_v": "v_prediction",
+}
+BUFFERS = (
+    "betas",
+    "alphas_cumprod",
+    "sqrt_alphas_cumprod",
+    "sqrt_one_minus_alphas_cumprod",
+    "sqrt_recip_alphas_cumprod",
+    "sqrt_recipm1_alphas_cumprod",
+    "posterior_log_variance_clipped",
+    "posterior_mean_coef1",
+    "posterior_mean_coef2",
+)
+
+Buffers = Mapping[str, Any]
+_Table = TypeVar("_Table")
+
+
+class Tables:
+    """The tables of one diffusion, made when they are first asked for and anew when its buffers
+    are others or were written to. A copy or a pickle of it is empty.
+
+    Replicas of one object on several devices share it, so each device has tables of its own.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[torch.device, tuple[list[Tensor], list[int], dict[Any, Any]]] = {}
+        self._warned: set[str] = set()
+
+    def __reduce__(self) -> tuple[type[Tables], tuple[()]]:
+        return Tables, ()
+
+    def forward(self, buffers: Buffers) -> ForwardWeights:
+        """√ᾱ and √(1−ᾱ) for add_noise and denoising_loss."""
+
+        def make() -> ForwardWeights:
+            signal = buffers["sqrt_alphas_cumprod"]
+            return ForwardWeights(signal, buffers["sqrt_one_minus_alphas_cumprod"])
+
+        return self._get(buffers, "forward", make)
+
+    def ddpm(self, buffers: Buffers, objective: str) -> Steps:
+        """The posterior's step at each timestep."""
+        return self._get(buffers, objective, lambda: _ddpm_steps(buffers, objective))
+
+    def ddim(self, buffers: Buffers, objective: str, times: list[int], eta: float) -> Steps:
+        """The steps of a trajectory along ``times``; the rows of other timesteps are 0."""
+        key = (objective, tuple(times), eta)
+        return self._get(buffers, key, lambda: _ddim_steps(buffers, objective, times, eta))
+
+    def _get(self, buffers: Buffers, key: Any, make: Callable[[], _Table]) -> _Table:
+        now = [buffers[name] for name in BUFFERS]
+        versions = [-1 if buffer.is_inference() else buffer._version for buffer in now]
+        device = now[0].device
+        made = self._made.get(device)
+        if (
+            made is None
+            or made[1] != versions
+            or any(old is not new for old, new in zip(made[0], now, strict=True))
+        ):
+            made = self._made[device] = now, versions, {}
+        tables = made[2]
+        if key not in tables:
+            with torch.inference_mode(False):
+                tables[key] = make()
+        table: _Table = tables[key]
+        return table
+
+    def warn_once(self, reason: str) -> None:
+        """Says once for this object why something is left to plain PyTorch."""
+        if reason not in self._warned:
+            self._warned.add(reason)
+            warnings.warn(f"ddpm_fast leaves this to plain PyTorch: {reason}", stacklevel=4)
+
+
+def ddim_times(num_timesteps: int, num_steps: int) -> list[int]:
+    """The timesteps at which a DDIM trajectory calls the model, descending, as the stock code
+    rounds them (in torch's default dtype)."""
+    times: list[int] = torch.linspace(-1, num_timesteps - 1, num_steps + 1).int().tolist()
+    return times[:0:-1]
+
+
+def _to_x0(buffers: Buffers, objective: str) -> dict[str, Any]:
+    """r, c_x and c_m of x̂₀ = r (c_m m + c_x x)."""
+    one, zero = torch.ones(1), torch.zeros(1)
+    c_x, c_m = zero, one
+    if objective == "pred_noise":
+        c_x, c_m = buffers["sqrt_recip_alphas_cumprod"], -buffers["sqrt_recipm1_alphas_cumprod"]
+    elif objective == "pred_v":
+        c_x, c_m = buffers["sqrt_alphas_cumprod"], -buffers["sqrt_one_minus_alphas_cumprod"]
+    return {"r": one, "c_x": c_x, "c_m": c_m, "prediction": PREDICTIONS[objective]}
+
+
+def _ddpm_steps(buffers: Buffers, objective: str) -> Steps:
+    sigma = (0.5 * buffers["posterior_log_variance_clipped"]).exp()
+    sigma[0] = 0  # where no noise is drawn
+    return Steps.of(
+        b_0=buffers["posterior_mean_coef1"],
+        b_x=buffers["posterior_mean_coef2"],
+        b_m=torch.zeros(1),
+        sigma=sigma,
+        **_to_x0(buffers, objective),
+    )
+
+
+def _ddim_steps(buffers: Buffers, objective: str, times: list[int], eta: float) -> Steps:
+    alphas_cumprod = buffers["alphas_cumprod"]
+    left, into = times[:-1], times[1:]  # the last step's result is x̂₀
+    alpha, alpha_next = alphas_cumprod[left], alphas_cumprod[into]
+    sigma = eta * ((1 - alpha / alpha_next) * (1 - alpha_next) / (1 - alpha)).sqrt()
+    of_eps = (1 - alpha_next - sigma**2).sqrt().double()
+    # ε = (√(1/ᾱ) x − x̂₀) / √(1/ᾱ − 1), multiplied out where there are digits to spare.
+    k = of_eps / buffers["sqrt_recipm1_alphas_cumprod"][left].double()
+    columns = {
+        "b_0": alpha_next.sqrt().double() - k,
+        "b_x": k * buffers["sqrt_recip_alphas_cumprod"][left].double(),
+        "sigma": sigma.double(),
+    }
+    rows: dict[str, Any] = {}
+    for name, column in columns.items():
+        rows[name] = torch.zeros_like(alphas_cumprod, dtype=torch.float64)
+        rows[name][left] = column
+    rows["b_0"][times[-1]] = 1
+    return Steps.of(b_m=torch.zeros(1), method="ddim", **rows, **_to_x0(buffers, objective))

@@ -1,0 +1,232 @@
+"""What stands before lucidrains' GaussianDiffusion once it is accelerated: the forward process and
+the loss, eqs. 4 and 14 of Ho et al. 2020, weighted as its ``loss_weight`` says."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..loss import OFFSET_STREAM
+from ..ops import add_noise, denoising_loss, randn
+from ..ops.add_noise import STREAM
+from ..ops.checks import FLOAT_DTYPES
+from .accelerated import Accelerated
+from .lucidrains_tables import PREDICTIONS, Tables
+from .noise import Address
+from .twice import twice_differentiable
+
+UNUSED: Address = (0, None)  # where torch draws
+FLOAT64 = "its tensors are float64, which the kernels do not take"
+_TWICE = "gradients of gradients of p_losses"
+_DATA_GRADIENT = "p_losses of an x_start or noise that requires grad"
+
+
+class FastTraining(Accelerated):
+    """GaussianDiffusion's q_sample and p_losses on the fused kernels."""
+
+    # What the stock class has.
+    _buffers: dict[str, Any]
+    _tables: Tables
+    model: Callable[..., Tensor]
+    model_predictions: Callable[..., Any]
+    noise_assignment: Callable[[Tensor, Tensor], Tensor]
+    device: torch.device
+    objective: str
+    self_condition: bool
+    immiscible: bool
+    offset_noise_strength: float
+
+    def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
+        """√ᾱ_t x_0 + √(1−ᾱ_t) ε; addressed noise is that of the next samples to train on."""
+        address = self._training_address(x_start) if noise is None else UNUSED
+        return self._noised(x_start, t, noise, address)
+
+    def p_losses(
+        self,
+        x_start: Tensor,
+        t: Tensor,
+        noise: Tensor | None = None,
+        offset_noise_strength: float | None = None,
+        loss_reduction: str = "mean",
+    ) -> Tensor:
+        """The weighted squared error of the model's prediction; [N] of it for "none"."""
+        samples, channels, _, _ = x_start.shape
+        strength = self.offset_noise_strength
+        if offset_noise_strength is not None:
+            strength = offset_noise_strength
+        addressed = self.noise_source.is_addressed
+        address = UNUSED
+        if noise is None or strength > 0:
+            address = self._training_address(x_start)
+        if noise is None and (not addressed or self.immiscible or not self._takes(x_start, t)):
+            noise = self._noise_like(x_start, address)
+        offset = None
+        if strength > 0:
+            shape = (samples, channels)
+            if addressed:
+                offset = randn(
+                    shape, seed=address[0], sample_ids=address[1], stream=OFFSET_STREAM,
+                    device=x_start.device,
+                )  # fmt: skip
+            else:
+                offset = torch.randn(shape, device=self.device)
+            offset = strength * offset[:, :, None, None]
+            if noise is not None:
+                noise += offset
+                offset = None
+
+        x = self._noised(x_start, t, noise, address)
+        if offset is not None:
+            x += self._extract("sqrt_one_minus_alphas_cumprod", t) * offset
+        x_self_cond = None
+        if self.self_condition and random.random() < 0.5:
+            with torch.no_grad():
+                x_self_cond = self.model_predictions(x, t).pred_x_start.detach()
+        output = self.model(x, t, x_self_cond)
+
+        mean = loss_reduction != "none"
+        weights = self._buffers["loss_weight"].gather(-1, t)
+        if weights.dtype != torch.float64:
+            weights = weights.float()
+        if mean:
+            weights = weights / samples
+        losses = self._losses(output, x_start, t, noise, address, offset, weights)
+        losses = losses.to(torch.promote_types(output.dtype, x.dtype))
+        return losses.sum() if mean else losses
+
+    def _losses(
+        self,
+        output: Tensor,
+        x_start: Tensor,
+        t: Tensor,
+        noise: Tensor | None,
+        address: Address,
+        offset: Tensor | None,
+        weights: Tensor,
+    ) -> Tensor:
+        """Of each sample: its weight times the mean of (target − m)²."""
+
+        def by_formula(output: Tensor) -> Tensor:
+            eps = self._noise_like(x_start, address) if noise is None else noise
+            eps = eps if offset is None else eps + offset
+            target = eps
+            if self.objective == "pred_x0":
+                target = x_start
+            elif self.objective == "pred_v":
+                signal = self._extract("sqrt_alphas_cumprod", t)
+                sigma = self._extract("sqrt_one_minus_alphas_cumprod", t)
+                target = signal * eps - sigma * x_start
+            return weights * F.mse_loss(output, target, reduction="none").flatten(1).mean(1)
+
+        def fused(output: Tensor) -> Tensor:
+            if offset is not None and data is None:
+                output = output - offset
+            elif offset is not None and self.objective == "pred_v":
+                output = output - self._extract("sqrt_alphas_cumprod", t) * offset
+            return denoising_loss(
+                output,
+                t,
+                self._tables.forward(self._buffers),
+                prediction=PREDICTIONS[self.objective],
+                x0=data,
+                noise=noise,
+                weights=weights,
+                seed=address[0],
+                sample_ids=address[1],
+            )
+
+        data = None if self.objective == "pred_noise" else x_start
+        if (
+            not self._takes(x_start, t, noise)
+            or output.dtype not in FLOAT_DTYPES
+            or output.shape != x_start.shape
+        ):
+            return by_formula(output)
+        if torch.is_grad_enabled() and any(
+            tensor is not None and tensor.requires_grad for tensor in (data, noise)
+        ):
+            self._tables.warn_once(_DATA_GRADIENT)
+            return by_formula(output)
+        return twice_differentiable(
+            output, fused, by_formula, lambda: self._tables.warn_once(_TWICE)
+        )
+
+    def _noised(
+        self,
+        x_start: Tensor,
+        t: Tensor,
+        noise: Tensor | None,
+        address: Address,
+        index: int = 0,
+    ) -> Tensor:
+        """q_sample, with its noise at the address where it is drawn there."""
+        takes = self._takes(x_start, t, noise) and not (noise is not None and noise.requires_grad)
+        if noise is None and (self.immiscible or not takes or not self.noise_source.is_addressed):
+            noise = self._noise_like(x_start, address, index)
+        if not takes:
+            noised: Tensor = super().q_sample(x_start, t, noise)  # type: ignore[misc]
+            return noised
+        if self.immiscible:
+            with torch.autocast("cuda", enabled=False):
+                noise = noise[self.noise_assignment(x_start, noise)]  # type: ignore[index, arg-type]
+        return add_noise(
+            x_start,
+            t,
+            self._tables.forward(self._buffers),
+            noise=noise,
+            dtype=torch.promote_types(x_start.dtype, self._buffers["betas"].dtype),
+            seed=address[0],
+            sample_ids=address[1],
+            index=index,
+        )
+
+    def _takes(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> bool:
+        """Whether the kernels take these; warns where that is for their dtype."""
+        dtypes = [x_start.dtype, self._buffers["betas"].dtype]
+        if noise is not None:
+            dtypes.append(noise.dtype)
+        if torch.float64 in dtypes:
+            self._tables.warn_once(FLOAT64)
+        return (
+            all(dtype in FLOAT_DTYPES for dtype in dtypes)
+            and t.dtype == torch.int64
+            and t.shape == x_start.shape[:1]
+            and (noise is None or noise.shape == x_start.shape)
+        )
+
+    def _noise_like(self, x_start: Tensor, address: Address, index: int = 0) -> Tensor:
+        if not self.noise_source.is_addressed:
+            return torch.randn_like(x_start)
+        return drawn(x_start.shape, address, x_start.dtype, x_start.device, STREAM, index)
+
+    def _training_address(self, x_start: Tensor) -> Address:
+        source = self.noise_source
+        if not source.is_addressed:
+            return UNUSED
+        return source.of_training(x_start.shape[0], x_start.device)
+
+    def _extract(self, table: str, t: Tensor) -> Tensor:
+        return self._buffers[table].gather(-1, t)[:, None, None, None]
+
+
+def drawn(
+    shape: Sequence[int],
+    address: Address,
+    dtype: torch.dtype,
+    device: torch.device,
+    stream: int,
+    index: int = 0,
+) -> Tensor:
+    """The noise of an address in any float dtype."""
+    seed, ids = address
+    drawn_dtype = dtype if dtype in FLOAT_DTYPES else torch.float32
+    noise = randn(
+        shape, seed=seed, sample_ids=ids, stream=stream, index=index, dtype=drawn_dtype,
+        device=device,
+    )  # fmt: skip
+    return noise.to(dtype)
