@@ -49,6 +49,11 @@ def accelerated_class(mixin: type[Accelerated], stock: type) -> type:
     return _classes[mixin, stock]
 
 
+def stands_for(cls: Any) -> None:
+    """Makes a class that is written out the accelerated class of its ``mixin`` and ``stock``."""
+    _classes[cls.mixin, cls.stock] = cls
+
+
 def accelerate_object(instance: Any, mixin: type[Accelerated], noise: NoiseSource) -> Any:
     """The instance itself, of the accelerated class from now on."""
     if not isinstance(instance, mixin):
