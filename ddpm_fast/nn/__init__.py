@@ -1,5 +1,6 @@
 """Networks."""
 
-from .unet import UNet, UNetConfig
+from .config import UNetConfig
+from .unet import UNet
 
 __all__ = ["UNet", "UNetConfig"]

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 FORMAT_VERSION = 1
@@ -80,10 +81,7 @@ def load_config(
 ) -> _Config:
     """The config of a checkpoint, checked to be of ``architecture``."""
     path = _existing(directory, CONFIG)
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON (cut short?): {error}") from error
+    description = read_json(path)
     if not isinstance(description, dict) or description.get("format") != "ddpm_fast":
         raise ValueError(f"{path} does not describe a ddpm_fast checkpoint")
     version = description.get("format_version")
@@ -99,42 +97,76 @@ def load_config(
         raise ValueError(f"{path} does not configure a {architecture}: {error}") from error
 
 
-def load_weights(directory: str | os.PathLike[str], model: nn.Module, config: Any) -> None:
+def load_weights(directory: str | os.PathLike[str], model: nn.Module) -> None:
     """Fills ``model``; every tensor of it must be there, of its shape, and no other."""
-    from safetensors import SafetensorError, safe_open
-    from safetensors.torch import load_file
+    from safetensors import safe_open
 
     path = _existing(directory, WEIGHTS)
-    try:
-        tensors = load_file(path)
-        with safe_open(path, framework="pt") as file:
-            written_with = (file.metadata() or {}).get("config_sha256")
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
-    expected = _state(model)
-    problems = (
-        [f"{name} is missing" for name in expected if name not in tensors]
-        + [f"{name} is not of this architecture" for name in tensors if name not in expected]
-        + [
-            f"{name} has shape {list(tensors[name].shape)}, not {list(tensor.shape)}"
-            for name, tensor in expected.items()
-            if name in tensors and tensors[name].shape != tensor.shape
-        ]
-    )
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ValueError(f"{path} does not fit its config: {'; '.join(problems[:3])}{more}")
-    if written_with != _digest(json.loads(json.dumps(dataclasses.asdict(config)))):
+    tensors = read_safetensors(path)
+    with safe_open(path, framework="pt") as file:
+        written_with = (file.metadata() or {}).get("config_sha256")
+    check(path, tensors, {name: tensor.shape for name, tensor in _state(model).items()})
+    # Of the config as it stands there: that of an earlier version has fewer fields.
+    if written_with != _digest(read_json(_existing(directory, CONFIG))["config"]):
         raise ValueError(
             f"{path} and {CONFIG} were not saved together: was a save interrupted, or the config "
             "edited?"
         )
-    dtypes = {tensor.dtype for tensor in tensors.values()}
-    if not all(dtype.is_floating_point for dtype in dtypes):
-        raise ValueError(f"{path} holds weights that are not floating point: {dtypes}")
-    if len(dtypes) == 1:
-        model.to(dtypes.pop())
+    if dtype := common_dtype(tensors):
+        model.to(dtype)
     model.load_state_dict(tensors)
+
+
+def read_json(path: Path) -> Any:
+    """What a file holds; ValueError where it is no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON (cut short?): {error}") from error
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, by name.
+
+    Raises:
+        ValueError: it is cut short, or of another kind.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def check(source: object, found: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
+    """That a source's tensors are floating point, and those of ``shapes`` and no others.
+
+    Raises:
+        ValueError: which are missing, unknown or of another shape or kind.
+    """
+    problems = (
+        [f"{name} is missing" for name in shapes if name not in found]
+        + [f"{name} is not of this architecture" for name in found if name not in shapes]
+        + [
+            f"{name} has shape {list(found[name].shape)}, not {list(shape)}"
+            for name, shape in shapes.items()
+            if name in found and found[name].shape != shape
+        ]
+    )
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(f"{source} does not fit its config: {'; '.join(problems[:3])}{more}")
+    dtypes = {tensor.dtype for tensor in found.values()}
+    if not all(dtype.is_floating_point for dtype in dtypes):
+        raise ValueError(f"{source} holds weights that are not floating point: {dtypes}")
+
+
+def common_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype | None:
+    """That of all tensors, or None where they differ."""
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    return dtypes.pop() if len(dtypes) == 1 else None
 
 
 def _digest(config: Mapping[str, Any]) -> str:

@@ -1,202 +1,23 @@
 """The UNet of Ho et al. 2020 (appendix B): residual blocks with the timestep added in, attention at
-chosen resolutions, skips from each block of the way down to its counterpart on the way up."""
+chosen resolutions, skips from each block of the way down to its counterpart on the way up. Its
+config also describes the variants of Nichol & Dhariwal 2021, Dhariwal & Nichol 2021 and diffusers.
+"""
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import checkpoint
+from .blocks import AttentionBlock, Level, ResBlock, norm, timestep_embedding, zeroed
+from .config import UNetConfig
 
-
-@dataclass(frozen=True)
-class UNetConfig:
-    """What a UNet is made of; the defaults are the CIFAR-10 network of Ho et al. 2020.
-
-    Attributes:
-        image_size: side of the square images, in pixels; it fixes at which depth attention lies.
-        in_channels, out_channels: of x and of the output; out_channels None means in_channels, and
-            2 · in_channels is for learned variances.
-        channels: of each resolution, highest first; each halves the side of the one before.
-        num_res_blocks: at each resolution on the way down; one more on the way up.
-        attention_resolutions: sides at which every residual block is followed by attention. The
-            middle always has one.
-        num_heads: of each attention.
-        dropout: inside the residual blocks, in training.
-        num_classes: of class labels, or None. Label ``num_classes`` is the null class.
-        label_dropout: in training, the share of labels replaced by the null class.
-        norm_groups, norm_eps: of every GroupNorm.
-    """
-
-    image_size: int = 32
-    in_channels: int = 3
-    out_channels: int | None = None
-    channels: tuple[int, ...] = (128, 256, 256, 256)
-    num_res_blocks: int = 2
-    attention_resolutions: tuple[int, ...] = (16,)
-    num_heads: int = 1
-    dropout: float = 0.1
-    num_classes: int | None = None
-    label_dropout: float = 0.1
-    norm_groups: int = 32
-    norm_eps: float = 1e-6
-
-    def __post_init__(self) -> None:
-        for name in ("channels", "attention_resolutions"):  # JSON has lists
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("image_size", "in_channels", "num_res_blocks", "num_heads", "norm_groups"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        if not self.channels:
-            raise ValueError("channels must name at least one resolution")
-        if self.image_size % 2 ** (len(self.channels) - 1):
-            raise ValueError(
-                f"image_size must be a multiple of {2 ** (len(self.channels) - 1)}, to be halved "
-                f"{len(self.channels) - 1} times; got {self.image_size}"
-            )
-        for width in self.channels:
-            if width % self.norm_groups or width % self.num_heads:
-                raise ValueError(
-                    f"channels must be multiples of norm_groups ({self.norm_groups}) and num_heads "
-                    f"({self.num_heads}); got {width}"
-                )
-        missing = set(self.attention_resolutions) - set(self.resolutions)
-        if missing:
-            raise ValueError(
-                f"attention_resolutions must be among {list(self.resolutions)}; got "
-                f"{sorted(missing)}"
-            )
-        if self.channels[0] % 2:
-            raise ValueError(f"channels must begin with an even number; got {self.channels[0]}")
-        if min(self.channels) < 1 or (self.out_channels is not None and self.out_channels < 1):
-            raise ValueError(
-                f"channels and out_channels must be at least 1; got {self.channels}, "
-                f"{self.out_channels}"
-            )
-        for name in ("dropout", "label_dropout"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name} must lie in [0, 1); got {getattr(self, name)}")
-        if self.num_classes is not None and self.num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, or None; got {self.num_classes}")
-
-    @property
-    def resolutions(self) -> tuple[int, ...]:
-        """The side at each depth."""
-        return tuple(self.image_size >> depth for depth in range(len(self.channels)))
-
-
-def timestep_embedding(t: Tensor, width: int) -> Tensor:
-    """[sin(t ω_i), cos(t ω_i)], ω_i = 10000^(−i/(width/2 − 1)), float32 [N, width].
-
-    Vaswani et al. 2017, section 3.5, in the form of Ho et al. 2020's code.
-    """
-    half = width // 2
-    i = torch.arange(half, dtype=torch.float32, device=t.device)
-    angles = t.float()[:, None] * torch.exp(i * (-math.log(10000.0) / max(half - 1, 1)))
-    return torch.cat([angles.sin(), angles.cos()], 1)
-
-
-class ResBlock(nn.Module):
-    """x + conv(SiLU(norm(conv(SiLU(norm(x))) + linear(SiLU(emb)))))."""
-
-    def __init__(self, c_in: int, c_out: int, emb_width: int, config: UNetConfig) -> None:
-        super().__init__()
-        self.norm1 = _norm(c_in, config)
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.emb_proj = nn.Linear(emb_width, c_out)
-        self.norm2 = _norm(c_out, config)
-        self.dropout = nn.Dropout(config.dropout)
-        self.conv2 = _zeroed(nn.Conv2d(c_out, c_out, 3, padding=1))
-        self.shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
-
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.emb_proj(F.silu(emb))[:, :, None, None]
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        return self.shortcut(x) + h
-
-
-class AttentionBlock(nn.Module):
-    """x + out(attention(norm(x))) over the H · W positions."""
-
-    def __init__(self, width: int, config: UNetConfig) -> None:
-        super().__init__()
-        self.num_heads = config.num_heads
-        self.norm = _norm(width, config)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = _zeroed(nn.Linear(width, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        n, c, height, width = x.shape
-        tokens = self.norm(x).flatten(2).transpose(1, 2)  # [N, HW, C]
-        q, k, v = (
-            part.unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # [N, heads, HW, C/heads]
-            for part in self.qkv(tokens).chunk(3, 2)
-        )
-        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return x + self.out(h).transpose(1, 2).reshape(n, c, height, width)
-
-
-class Downsample(nn.Module):
-    """A 3×3 convolution of stride 2, padded at the right and the bottom only."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
-class Upsample(nn.Module):
-    """Nearest neighbour, then a 3×3 convolution."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
-class Level(nn.Module):
-    """The blocks of one resolution on one of the two ways; ``resample`` leads to the next."""
-
-    def __init__(
-        self,
-        widths_in: Sequence[int],
-        width: int,
-        emb_width: int,
-        attends: bool,
-        resample: nn.Module | None,
-        config: UNetConfig,
-    ) -> None:
-        super().__init__()
-        self.res = nn.ModuleList(ResBlock(c, width, emb_width, config) for c in widths_in)
-        self.attention = nn.ModuleList(
-            AttentionBlock(width, config) if attends else nn.Identity() for _ in widths_in
-        )
-        self.resample = resample
-
-    def down(self, x: Tensor, emb: Tensor, skips: list[Tensor]) -> Tensor:
-        for res, attention in zip(self.res, self.attention, strict=True):
-            x = attention(res(x, emb))
-            skips.append(x)
-        if self.resample is not None:
-            x = self.resample(x)
-            skips.append(x)
-        return x
-
-    def up(self, x: Tensor, emb: Tensor, skips: list[Tensor]) -> Tensor:
-        for res, attention in zip(self.res, self.attention, strict=True):
-            x = attention(res(torch.cat([x, skips.pop()], 1), emb))
-        return x if self.resample is None else self.resample(x)
+__all__ = ["UNet", "UNetConfig"]
 
 
 class UNet(nn.Module):
@@ -212,42 +33,40 @@ class UNet(nn.Module):
         super().__init__()
         self.config = config
         widths, blocks = config.channels, config.num_res_blocks
-        emb_width = 4 * widths[0]
+        emb_width, classes = config.embedding_width, config.embedded_classes
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_mlp = nn.Sequential(
-            nn.Linear(widths[0], emb_width), nn.SiLU(), nn.Linear(emb_width, emb_width)
+            nn.Linear(config.time_width, emb_width), nn.SiLU(), nn.Linear(emb_width, emb_width)
         )
-        self.class_embedding = (
-            None if config.num_classes is None else nn.Embedding(config.num_classes + 1, emb_width)
-        )
+        self.class_embedding = None if classes is None else nn.Embedding(classes, emb_width)
 
-        last = len(widths) - 1
         self.down = nn.ModuleList()
         skip_widths, c = [widths[0]], widths[0]
         for depth, width in enumerate(widths):
-            attends = config.resolutions[depth] in config.attention_resolutions
-            resample = None if depth == last else Downsample(width)
-            widths_in = [c] + [width] * (blocks - 1)
-            self.down.append(Level(widths_in, width, emb_width, attends, resample, config))
-            skip_widths += [width] * (blocks + (resample is not None))
+            level = Level([c] + [width] * (blocks - 1), depth, False, config)
+            self.down.append(level)
+            skip_widths += [width] * (blocks + (level.resample is not None))
             c = width
 
-        self.mid_res1 = ResBlock(c, c, emb_width, config)
-        self.mid_attention = AttentionBlock(c, config)
-        self.mid_res2 = ResBlock(c, c, emb_width, config)
+        attention: nn.Module = nn.Identity()
+        middle = config.middle != "none"
+        self.mid_res1 = ResBlock(c, c, emb_width, config) if middle else None
+        if config.middle == "attention":
+            middle_norm = norm(c, config, config.middle_norm_groups)
+            attention = AttentionBlock(c, config.heads(c, False), middle_norm)
+        self.mid_attention = attention
+        self.mid_res2 = ResBlock(c, c, emb_width, config) if middle else None
 
         self.up = nn.ModuleList()
         for depth, width in reversed(list(enumerate(widths))):
-            attends = config.resolutions[depth] in config.attention_resolutions
-            up = None if depth == 0 else Upsample(width)
             widths_in = [
                 (c if block == 0 else width) + skip_widths.pop() for block in range(blocks + 1)
             ]
-            self.up.append(Level(widths_in, width, emb_width, attends, up, config))
+            self.up.append(Level(widths_in, depth, True, config))
             c = width
 
-        self.norm_out = _norm(c, config)
-        self.conv_out = _zeroed(
+        self.norm_out = norm(c, config)
+        self.conv_out = zeroed(
             nn.Conv2d(c, config.out_channels or config.in_channels, 3, padding=1)
         )
 
@@ -256,21 +75,26 @@ class UNet(nn.Module):
 
         Args:
             x: [N, in_channels, S, S], S a multiple of 2^(number of resolutions − 1).
-            t: int64 [N].
+            t: [N], int64 or float.
             class_labels: int64 [N] in 0 … num_classes, the last being the null class; None means
-                the null class for all.
+                the null class for all. Without a null class, 0 … num_classes − 1 and no None.
 
         Returns:
             [N, out_channels, S, S] in the parameters' dtype.
 
         Raises:
             ValueError: a side that cannot be halved so often, labels for a network that has no
-                classes, labels out of range (on the CPU, where they can be looked at).
+                classes, none for one that needs them, labels out of range (on the CPU, where they
+                can be looked at).
         """
-        factor = 2 ** (len(self.config.channels) - 1)
+        config = self.config
+        factor = 2 ** (len(config.channels) - 1)
         if x.shape[2] % factor or x.shape[3] % factor:
             raise ValueError(f"x's sides must be multiples of {factor}; got {list(x.shape)}")
-        emb = self.time_mlp(timestep_embedding(t, self.config.channels[0]).to(self.dtype))
+        embedded = timestep_embedding(
+            t, config.time_width, cosine_first=config.cosine_first, freq_shift=config.freq_shift
+        )
+        emb = self.time_mlp(embedded.to(self.dtype))
         if self.class_embedding is not None:
             emb = emb + self.class_embedding(self._labels(class_labels, t))
         elif class_labels is not None:
@@ -280,23 +104,29 @@ class UNet(nn.Module):
         skips = [x]
         for level in self.down:
             x = level.down(x, emb, skips)  # type: ignore[operator]
-        x = self.mid_res2(self.mid_attention(self.mid_res1(x, emb)), emb)
+        if self.mid_res1 is not None and self.mid_res2 is not None:
+            x = self.mid_res2(self.mid_attention(self.mid_res1(x, emb)), emb)
         for level in self.up:
             x = level.up(x, emb, skips)  # type: ignore[operator]
         return self.conv_out(F.silu(self.norm_out(x)))
 
     def _labels(self, labels: Tensor | None, t: Tensor) -> Tensor:
-        null = self.config.num_classes
-        assert null is not None
+        classes, rows = self.config.num_classes, self.config.embedded_classes
+        assert classes is not None
+        assert rows is not None
         if labels is None:
-            return torch.full_like(t, null)
+            if not self.config.null_class:
+                raise ValueError("class_labels must be given to a UNet that has no null class")
+            return torch.full(t.shape, classes, dtype=torch.int64, device=t.device)
         if labels.device.type == "cpu" and not torch.compiler.is_compiling() and labels.numel():
             lowest, highest = (int(bound) for bound in labels.aminmax())
-            if lowest < 0 or highest > null:
-                raise ValueError(f"class_labels must lie in 0 … {null}; got {lowest} … {highest}")
-        if self.training and self.config.label_dropout > 0:
+            if lowest < 0 or highest >= rows:
+                raise ValueError(
+                    f"class_labels must lie in 0 … {rows - 1}; got {lowest} … {highest}"
+                )
+        if self.training and self.config.null_class and self.config.label_dropout > 0:
             dropped = torch.rand(labels.shape, device=labels.device) < self.config.label_dropout
-            labels = torch.where(dropped, null, labels)
+            labels = torch.where(dropped, classes, labels)
         return labels
 
     @property
@@ -318,17 +148,78 @@ class UNet(nn.Module):
         """
         config = checkpoint.load_config(directory, "UNet", UNetConfig)
         model = cls(config)
-        checkpoint.load_weights(directory, model, config)
+        checkpoint.load_weights(directory, model)
         return model.eval()
 
+    @classmethod
+    def from_diffusers(
+        cls, source: Any, *, image_size: int | None = None, null_class: bool = False
+    ) -> UNet:
+        """The same function as a UNet2DModel of diffusers', with a copy of its weights.
 
-def _norm(width: int, config: UNetConfig) -> nn.GroupNorm:
-    return nn.GroupNorm(config.norm_groups, width, config.norm_eps)
+        Args:
+            source: a UNet2DModel, a directory that one was saved in, or a pipeline's directory.
+                diffusers need not be installed to read a directory; a legacy .bin file is read by
+                ``torch.load(weights_only=True)``.
+            image_size: side of the images; the config's sample_size if None.
+            null_class: the last class is the null class, which diffusers' config cannot say.
 
+        Returns:
+            A UNet in eval mode, of the same dtype, on the model's device or the CPU.
 
-def _zeroed(module: nn.Conv2d | nn.Linear) -> nn.Module:
-    """Each residual branch starts as zero (Ho et al. 2020's code)."""
-    nn.init.zeros_(module.weight)
-    assert module.bias is not None
-    nn.init.zeros_(module.bias)
-    return module
+        Raises:
+            FileNotFoundError: no such directory or file.
+            TypeError: an object of another class.
+            ValueError: an option that this UNet has no equivalent of, by name; a file that is cut
+                short; tensors that are missing, unknown or of another shape.
+
+        >>> model = UNet(UNetConfig(image_size=8, channels=(32,), attention_resolutions=(8,)))
+        >>> again = UNet.from_diffusers(model.to_diffusers())
+        >>> torch.equal(again.mid_attention.qkv.weight, model.mid_attention.qkv.weight)
+        True
+        """
+        from . import diffusers_weights
+
+        return diffusers_weights.load(cls, source, image_size, null_class)
+
+    def to_diffusers(self) -> Any:
+        """The same function as a UNet2DModel of diffusers', with a copy of the weights.
+
+        It has this module's dtype, device and mode; a null class is its last one. Its
+        ``save_pretrained`` writes a directory that diffusers loads.
+
+        Raises:
+            ImportError: diffusers is not installed.
+            ValueError: an option that a UNet2DModel has no equivalent of, by name.
+        """
+        from . import diffusers_weights
+
+        return diffusers_weights.export(self)
+
+    @classmethod
+    def from_openai(
+        cls,
+        source: Mapping[str, Tensor] | str | os.PathLike[str],
+        config: Mapping[str, Any] | None = None,
+    ) -> UNet:
+        """The same function as a UNetModel of improved- or guided-diffusion, with its weights.
+
+        Args:
+            source: its state dict, or the path of a .pt file of one, which is read by
+                ``torch.load(weights_only=True)``.
+            config: the options of their scripts by name, as in ``dict(image_size=64,
+                num_channels=192, learn_sigma=True, …)``; those left out have the scripts' defaults,
+                and those of the diffusion process are passed over. Also ``in_channels``,
+                ``num_classes`` (1000 with class_cond) and ``conv_resample``.
+
+        Returns:
+            A UNet in eval mode on the CPU; in float32 where the tensors' dtypes differ.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: an option that is unknown or has no equivalent, by name; a file that holds
+                other things than tensors; tensors that are missing, unknown or of another shape.
+        """
+        from . import openai_weights
+
+        return openai_weights.load(cls, source, config or {})

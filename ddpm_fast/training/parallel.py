@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..nn.unet import AttentionBlock, Downsample, ResBlock, Upsample
+from ..nn.blocks import AttentionBlock, Downsample, ResBlock, Upsample
 from .errors import RunError
 from .world import World
 

@@ -1,0 +1,131 @@
+"""UNets from and to diffusers' UNet2DModel."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from . import checkpoint
+from .diffusers_config import CLASS, config_of, options_of
+from .weights import Place, build, read_pickle
+
+if TYPE_CHECKING:
+    from .unet import UNet
+
+WEIGHTS, LEGACY = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"
+INDEX = f"{WEIGHTS}.index.json"
+
+
+def load(cls: type[UNet], source: Any, image_size: int | None, null_class: bool) -> UNet:
+    """:meth:`UNet.from_diffusers`."""
+    what: object = f"the {CLASS}"
+    if any(base.__name__ == CLASS for base in type(source).__mro__):
+        options, tensors = dict(source.config), source.state_dict()
+    elif isinstance(source, str) or hasattr(source, "__fspath__"):
+        options, tensors, what = _read(Path(source))
+    else:
+        raise TypeError(
+            f"from_diffusers takes a {CLASS} or a directory; got {type(source).__qualname__}"
+        )
+    config = config_of(options, image_size=image_size, null_class=null_class)
+    tensors = {_RENAMED.sub(_renamed, name): tensor for name, tensor in tensors.items()}
+    return build(cls, config, _place, tensors, what)
+
+
+def export(model: UNet) -> Any:
+    """:meth:`UNet.to_diffusers`."""
+    options = options_of(model.config)
+    try:
+        from diffusers import UNet2DModel
+    except ImportError as error:
+        raise ImportError("to_diffusers needs diffusers: pip install 'ddpm_fast[diffusers]'") from (
+            error
+        )
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        names = _place(name).names
+        tensors.update(zip(names, tensor.chunk(len(names)), strict=True))
+    theirs: Any = UNet2DModel(**options)
+    theirs.to(device=model.conv_in.weight.device, dtype=model.dtype)
+    theirs.load_state_dict(tensors)
+    return theirs.train(model.training)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], Path]:
+    """Config and weights of a model's or a pipeline's directory, and where they stand."""
+    if not path.is_dir():
+        what = "it is a file" if path.exists() else "no such directory"
+        raise FileNotFoundError(f"no {CLASS} at {path}: {what}")
+    folder = path / "unet" if (path / "unet").is_dir() else path
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"no {CLASS} at {folder}: config.json is missing")
+    options = checkpoint.read_json(folder / "config.json")
+    found = options.get("_class_name") if isinstance(options, dict) else None
+    if found is None and isinstance(options, dict) and options.get("format") == "ddpm_fast":
+        raise ValueError(f"{folder} is a ddpm_fast checkpoint: UNet.from_pretrained reads it")
+    if found != CLASS:
+        raise ValueError(f"{folder / 'config.json'} describes {found}, not a {CLASS}")
+    if (folder / WEIGHTS).is_file():
+        return options, checkpoint.read_safetensors(folder / WEIGHTS), folder / WEIGHTS
+    if (folder / INDEX).is_file():
+        return options, _read_shards(folder / INDEX), folder / INDEX
+    if (folder / LEGACY).is_file():
+        return options, read_pickle(folder / LEGACY), folder / LEGACY
+    others = sorted(file.name for file in folder.glob("diffusion_*"))
+    there = f"; there is {', '.join(others)}" if others else ""
+    raise FileNotFoundError(f"no {CLASS} at {folder}: {WEIGHTS} is missing{there}")
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    """Weights in several files, of which the index says what is where."""
+    described = checkpoint.read_json(index)
+    files = described.get("weight_map") if isinstance(described, dict) else None
+    if not isinstance(files, dict):
+        raise ValueError(f"{index} does not say in which files the weights are")
+    tensors: dict[str, Tensor] = {}
+    for file in sorted({Path(str(file)).name for file in files.values()}):
+        if not (index.parent / file).is_file():
+            raise FileNotFoundError(f"no {CLASS} at {index.parent}: {file} is missing")
+        tensors.update(checkpoint.read_safetensors(index.parent / file))
+    return tensors
+
+
+_ATTENTION = {"norm": "group_norm", "out": "to_out.0"}
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_RENAMED = re.compile(r"(?<=\.attentions\.)(\d+)\.(query|key|value|proj_attn)(?=\.)")
+
+
+def _renamed(found: re.Match[str]) -> str:
+    """A name of diffusers before 0.14."""
+    return f"{found[1]}.{_OLD_ATTENTION[found[2]]}"
+
+
+def _place(name: str) -> Place:
+    """Where a tensor of ours stands there."""
+    for pattern, theirs in _MODULES:
+        name = re.sub(pattern, theirs, name)
+    module, _, kind = name.rpartition(".")
+    block, _, part = module.rpartition(".")
+    if re.search(r"\.attentions\.\d+$", block):
+        if part == "qkv":
+            return Place(tuple(f"{block}.to_{p}.{kind}" for p in "qkv"))
+        return Place((f"{block}.{_ATTENTION[part]}.{kind}",))
+    return Place((name,))
+
+
+_MODULES = (
+    (r"^time_mlp\.0", "time_embedding.linear_1"),
+    (r"^time_mlp\.2", "time_embedding.linear_2"),
+    (r"^(down|up)\.(\d+)\.res\.", r"\1_blocks.\2.resnets."),
+    (r"^(down|up)\.(\d+)\.attention\.", r"\1_blocks.\2.attentions."),
+    (r"^(down|up)\.(\d+)\.resample\.", r"\1_blocks.\2.\1samplers.0."),
+    (r"^mid_res1\.", "mid_block.resnets.0."),
+    (r"^mid_res2\.", "mid_block.resnets.1."),
+    (r"^mid_attention\.", "mid_block.attentions.0."),
+    (r"\.emb_proj\.", ".time_emb_proj."),
+    (r"\.shortcut\.", ".conv_shortcut."),
+    (r"^norm_out\.", "conv_norm_out."),
+)

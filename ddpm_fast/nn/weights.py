@@ -1,0 +1,102 @@
+"""Weights under other names: where each tensor of a UNet stands, and how it is laid out there."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import checkpoint
+
+if TYPE_CHECKING:
+    from .config import UNetConfig
+    from .unet import UNet
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor stands.
+
+    Attributes:
+        names: theirs; several are stacked along the first dimension.
+        ones: trailing dimensions of size 1, of a convolution that we have as a linear map.
+        heads: if not 0, the rows of q, k and v are there head by head: [heads, 3, C/heads] in
+            place of our [3, heads, C/heads].
+    """
+
+    names: tuple[str, ...]
+    ones: int = 0
+    heads: int = 0
+
+
+def build(
+    cls: type[UNet],
+    config: UNetConfig,
+    place: Callable[[str], Place],
+    tensors: Mapping[str, Tensor],
+    source: object,
+) -> UNet:
+    """A UNet in eval mode with a copy of ``tensors``, on their device; ``place`` says where each of
+    its own stands among them.
+
+    Raises:
+        ValueError: tensors that are missing, unknown or of another shape, in their names.
+    """
+    with torch.device("meta"):
+        model = cls(config)
+    places = {name: place(name) for name in model.state_dict()}
+    shapes = {}
+    for name, tensor in model.state_dict().items():
+        theirs = places[name]
+        rows = tensor.shape[0] // len(theirs.names)
+        shape = torch.Size((rows, *tensor.shape[1:], *(1,) * theirs.ones))
+        shapes.update(dict.fromkeys(theirs.names, shape))
+    checkpoint.check(source, tensors, shapes)
+    model.to_empty(device=next(iter(tensors.values())).device)
+    model.to(checkpoint.common_dtype(tensors) or torch.float32)
+    model.load_state_dict({name: _ours(theirs, tensors) for name, theirs in places.items()})
+    return model.eval()
+
+
+def _ours(place: Place, tensors: Mapping[str, Tensor]) -> Tensor:
+    tensor = torch.cat([tensors[name] for name in place.names])
+    tensor = tensor.reshape(tensor.shape[: tensor.ndim - place.ones])
+    if place.heads:
+        tensor = tensor.unflatten(0, (place.heads, 3, -1)).transpose(0, 1).flatten(0, 2)
+    return tensor
+
+
+def read_pickle(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file of ``torch.save``, read without running what else is in it.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is no such file, or holds other things than a dictionary of tensors.
+    """
+    try:
+        found: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is no whole file of tensors: it was cut short, or holds other objects, which "
+            "are not loaded, since they could run code"
+        ) from error
+    except (EOFError, KeyError, RuntimeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a whole file of torch.save: {error}") from error
+    if not isinstance(found, dict) or not found:
+        raise ValueError(f"{path} holds no state dict, but {type(found).__name__}")
+    return tensors_of(path, found)
+
+
+def tensors_of(source: object, found: Mapping[Any, Any]) -> dict[str, Tensor]:
+    """A state dict, after its names and tensors were found to be such."""
+    for name, tensor in found.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise ValueError(
+                f"{source} is no state dict of a model: {name!r} is of type {type(tensor).__name__}"
+            )
+    return dict(found)
