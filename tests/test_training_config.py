@@ -69,6 +69,10 @@ def test_the_papers_recipes():
         ({"loss": {"objective": "hybrid"}}, "loss.objective 'hybrid' needs variance"),
         ({"loss": {"variance": "learned"}}, "unet.out_channels must be 6 for loss.variance"),
         ({"loss": {"label_dropout": 1.0}}, "loss.label_dropout must lie in"),
+        (
+            {"unet": {"num_classes": 3, "null_class": False}},
+            "loss.label_dropout must be 0 for a unet without a null class; got 0.1",
+        ),
         ({"steps": True}, r"steps must be an integer; got True \(bool\)"),
         ({"steps": 0}, "steps must be at least 1; got 0"),
         ({"batch_size": 10, "grad_accum": 3}, r"batch_size must be a multiple of grad_accum \(3\)"),

@@ -234,6 +234,11 @@ class RunConfig:
                 f"unet.out_channels must be {outputs} for loss.variance {self.loss.variance!r} and "
                 f"{self.unet.in_channels} channels; got {self.unet.out_channels}"
             )
+        if self.unet.num_classes and not self.unet.null_class and self.loss.label_dropout:
+            raise ValueError(
+                f"loss.label_dropout must be 0 for a unet without a null class; got "
+                f"{self.loss.label_dropout}"
+            )
         # Labels are dropped by the loss, by the sample's id.
         object.__setattr__(self, "unet", replace(self.unet, label_dropout=0.0))
 
