@@ -1,0 +1,166 @@
+"""How OpenAI's diffusion objects are called, and how they call a model."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..model import call_model
+from .accelerated import Accelerated
+from .openai_tables import Tables
+
+STOCK_NAMES = ("GaussianDiffusion", "SpacedDiffusion")
+_WRAPPER_ATTRIBUTES = {"model", "timestep_map", "rescale_timesteps", "original_num_steps"}
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Arguments that their methods have in common. Not every method, nor every copy of the code,
+    takes each, and they stand in another order."""
+
+    clip_denoised: bool = True
+    denoised_fn: Any = None
+    cond_fn: Any = None
+    model_kwargs: Any = None
+    eta: float = 0.0
+    noise: Tensor | None = None
+    device: Any = None
+    progress: bool = False
+
+    @property
+    def clip(self) -> tuple[float, float] | None:
+        return (-1.0, 1.0) if self.clip_denoised else None
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        return self.model_kwargs or {}
+
+    @property
+    def of_mean_variance(self) -> dict[str, Any]:
+        """What p_mean_variance takes of them."""
+        return {
+            "clip_denoised": self.clip_denoised,
+            "denoised_fn": self.denoised_fn,
+            "model_kwargs": self.model_kwargs,
+        }
+
+
+CHOICES = tuple(field.name for field in fields(Choices))
+
+
+def stock_method(cls: type, name: str) -> Any:
+    """Their base class's function, without what SpacedDiffusion puts around it; None where that
+    copy of the code lacks it."""
+    base = next(c for c in cls.__mro__ if c.__name__ == STOCK_NAMES[0])
+    return getattr(base, name, None)
+
+
+class AcceleratedDiffusion(Accelerated):
+    """What the parts of an accelerated object share: its tables and its calls."""
+
+    _tables_kept: Tables | None = None
+
+    @property
+    def _tables(self) -> Tables:
+        if self._tables_kept is None:
+            self._tables_kept = Tables(self)
+        return self._tables_kept
+
+    def __getstate__(self) -> dict[str, Any]:
+        made_anew = ("_tables_kept", "_told", "_signatures")
+        return {k: v for k, v in self.__dict__.items() if k not in made_anew}
+
+    def _choices(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Choices:
+        """The arguments after the first ones, by the stock method's names, order and defaults.
+
+        Raises:
+            TypeError: what the stock method does not take.
+        """
+        signatures = self.__dict__.setdefault("_signatures", {})
+        signature = signatures.get(method)
+        if signature is None:
+            whole = inspect.signature(stock_method(type(self), method))
+            kept = [p for p in whole.parameters.values() if p.name in CHOICES]
+            signature = signatures[method] = inspect.Signature(kept)
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{method}(): {error}") from None
+        bound.apply_defaults()
+        return Choices(**bound.arguments)
+
+    # The model --------------------------------------------------------------------------------
+
+    def _wrap_model(self, model: Any) -> Any:
+        """As SpacedDiffusion's: tells a model the timesteps that it knows, by a map that stays on
+        the device. Called for GaussianDiffusion's too, where it leaves the model as it is."""
+        stock = getattr(super(), "_wrap_model", None)
+        if stock is None:
+            return model
+        wrapped = stock(model)
+        if wrapped is model or set(vars(wrapped)) - _WRAPPER_ATTRIBUTES:
+            return wrapped
+        wrapped.__class__ = _with_kept_map(type(wrapped))
+        wrapped.told = self.__dict__.setdefault("_told", {})
+        return wrapped
+
+    def _model_output(self, model: Any, x: Tensor, t: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """What a wrapped model says at timesteps t, int64 [N]."""
+        scale = getattr(self, "_scale_timesteps", None)
+        told = t if scale is None else scale(t)
+        return call_model(model, x, told, kwargs, self._tables.halves)
+
+
+def model_timesteps(diffusion: Any) -> Tensor:
+    """[T] on the CPU: what the stock code gives a model as t at each of its timesteps."""
+    told: list[Tensor] = []
+
+    def model(x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
+        told.append(t)
+        return x
+
+    t = torch.arange(diffusion.num_timesteps, device="cpu")
+    scale = getattr(diffusion, "_scale_timesteps", None)
+    wrap = getattr(diffusion, "_wrap_model", None)
+    called = model if wrap is None else wrap(model)
+    called(torch.zeros(len(t), 1, device="cpu"), t if scale is None else scale(t))
+    return told[0].detach().clone()
+
+
+class _KeptMap:
+    """Before their wrapper of a model: the map as a tensor that is made once for a device."""
+
+    told: dict[torch.device, Tensor]
+    model: Any
+
+    def __call__(self, x: Tensor, ts: Tensor, **kwargs: Any) -> Any:
+        if ts.dtype != torch.int64:
+            return super().__call__(x, ts, **kwargs)  # type: ignore[misc]
+        told = self.told.get(ts.device)
+        if told is None:
+            told = self.told[ts.device] = self._whole_map(ts.device)
+        return self.model(x, told[ts], **kwargs)
+
+    @torch.inference_mode(False)
+    def _whole_map(self, device: torch.device) -> Tensor:
+        model, found = self.model, []
+        self.model = lambda x, t, **kwargs: found.append(t)
+        try:
+            steps = torch.arange(len(self.timestep_map), device=device)  # type: ignore[attr-defined]
+            super().__call__(steps, steps)  # type: ignore[misc]
+        finally:
+            self.model = model
+        return found[0]
+
+
+_wrappers: dict[type, type] = {}
+
+
+def _with_kept_map(wrapper: type) -> type:
+    if wrapper not in _wrappers:
+        _wrappers[wrapper] = type(f"Fast{wrapper.__name__}", (_KeptMap, wrapper), {})
+    return _wrappers[wrapper]

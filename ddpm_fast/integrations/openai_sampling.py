@@ -1,0 +1,234 @@
+"""OpenAI's sampling loops and steps, each step by one kernel after the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops import randn
+from ..ops.checks import noise_address
+from ..ops.reverse_step_run import STREAM
+from ..progress import bar
+from .noise import Address
+from .openai_calls import STOCK_NAMES, AcceleratedDiffusion, Choices
+from .steps import Steps
+
+Step = Callable[..., dict[str, Tensor]]
+
+
+class FastSampling(AcceleratedDiffusion):
+    """In the place of GaussianDiffusion's methods of the same names, which take the same
+    arguments: what their docstrings say holds here."""
+
+    # One step ---------------------------------------------------------------------------------
+
+    def p_sample(
+        self, model: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """x_{t−1} and x̂₀ by the model's p_θ (Ho et al. 2020, eq. 11)."""
+        choices = self._choices("p_sample", args, kwargs)
+        return self._p_step(self._wrap_model(model), x, t, None, self._address(), choices)
+
+    def ddim_sample(
+        self, model: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """x_{t−1} and x̂₀ by DDIM (Song et al. 2021, eq. 12)."""
+        choices = self._choices("ddim_sample", args, kwargs)
+        return self._ddim_step(self._wrap_model(model), x, t, None, self._address(), choices)
+
+    def ddim_reverse_sample(
+        self, model: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """x_{t+1} and x̂₀ by DDIM's deterministic path, taken backwards."""
+        choices = self._choices("ddim_reverse_sample", args, kwargs)
+        if choices.eta != 0.0:
+            raise ValueError(f"ddim_reverse_sample's path is that of eta = 0; got {choices.eta}")
+        steps, model = self._tables.ddim_reverse, self._wrap_model(model)
+        return self._along_eps(steps, model, x, t, None, (0, None), choices, draws=False)
+
+    # Whole trajectories -----------------------------------------------------------------------
+
+    def p_sample_loop(self, model: Any, shape: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Samples of ``shape``."""
+        choices = self._choices("p_sample_loop", args, kwargs)
+        return _last(self._trajectory(self._p_step, model, shape, choices))
+
+    def p_sample_loop_progressive(
+        self, model: Any, shape: Any, *args: Any, **kwargs: Any
+    ) -> Iterator[dict[str, Tensor]]:
+        """What p_sample returns at each step; what is changed in it is what goes on."""
+        choices = self._choices("p_sample_loop_progressive", args, kwargs)
+        return self._trajectory(self._p_step, model, shape, choices)
+
+    def ddim_sample_loop(self, model: Any, shape: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Samples of ``shape``."""
+        choices = self._choices("ddim_sample_loop", args, kwargs)
+        return _last(self._trajectory(self._ddim_step, model, shape, choices))
+
+    def ddim_sample_loop_progressive(
+        self, model: Any, shape: Any, *args: Any, **kwargs: Any
+    ) -> Iterator[dict[str, Tensor]]:
+        """What ddim_sample returns at each step; what is changed in it is what goes on."""
+        choices = self._choices("ddim_sample_loop_progressive", args, kwargs)
+        return self._trajectory(self._ddim_step, model, shape, choices)
+
+    def _trajectory(
+        self, step: Step, model: Any, shape: Any, choices: Choices
+    ) -> Iterator[dict[str, Tensor]]:
+        if not isinstance(shape, (tuple, list)):
+            raise TypeError(f"shape must be a tuple or a list; got {type(shape).__name__}")
+        device = choices.device
+        if device is None:
+            device = next(model.parameters()).device
+        seed, ids = self._address()
+        x = choices.noise
+        if x is not None:
+            ids = noise_address(0, ids, len(x), x.device)[2]
+        elif self.noise_source.is_addressed:
+            ids = noise_address(0, ids, shape[0], torch.device(device))[2]
+            x = randn(shape, seed=seed, sample_ids=ids, device=device)
+            x = x.to(torch.get_default_dtype())  # torch.randn's
+        else:
+            x = torch.randn(*shape, device=device)
+        model = self._wrap_model(model)
+        with bar(choices.progress, len(self._tables), "sampling", unit="step") as shown:
+            for i in reversed(range(len(self._tables))):
+                t = torch.full((shape[0],), i, dtype=torch.int64, device=device)
+                with torch.no_grad():
+                    out = step(model, x, t, i, (seed, ids), choices)
+                shown.update()
+                yield out
+                x = out["sample"]
+
+    # Steps of checked arguments: t is int64 [N], at the same as an int where it is one for all
+
+    def _address(self) -> Address:
+        return self.noise_source.of_trajectory() if self.noise_source.is_addressed else (0, None)
+
+    def _drawn(self, x: Tensor) -> Tensor | None:
+        """z of torch's generator, None where the kernel draws."""
+        return None if self.noise_source.is_addressed else torch.randn_like(x)
+
+    def _p_step(
+        self,
+        model: Any,
+        x: Tensor,
+        t: Tensor,
+        at: int | None,
+        address: Address,
+        choices: Choices,
+    ) -> dict[str, Tensor]:
+        cond_fn, tables = choices.cond_fn, self._tables
+        if cond_fn is not None and not self._adds_to_the_mean(x):
+            return self._p_step_with_mean(model, x, t, address, choices)
+        output = self._model_output(model, x, t, choices.kwargs)
+        state = x if x.dtype == torch.float64 else x.float()
+        x0 = None
+        if choices.denoised_fn is not None:
+            x0 = choices.denoised_fn(tables.x0(state, output[:, : x.shape[1]], t))
+        noise = self._drawn(x)
+        sample, x0_hat = tables.steps.take(
+            state,
+            output,
+            t.long() if at is None else at,
+            address,
+            clip=choices.clip,
+            noise=noise,
+            x0=x0 if x0 is None else x0.to(state.dtype),
+        )
+        if cond_fn is not None:
+            # The mean's own term for cond_fn is added to it; so it may be to the sample.
+            out = {"mean": sample, "variance": tables.model_variance(x, output, t)}
+            sample = self._conditioned("mean", out, x, t, choices)["mean"]
+        return {"sample": sample, "pred_xstart": x0_hat}
+
+    def _p_step_with_mean(
+        self, model: Any, x: Tensor, t: Tensor, address: Address, choices: Choices
+    ) -> dict[str, Tensor]:
+        """For a condition_mean that does more than add, and for float64, which it makes float32."""
+        stock: Any = self
+        out = stock.p_mean_variance(model, x, t, **choices.of_mean_variance)
+        noise = self._drawn(x)
+        if noise is None:
+            seed, ids = address
+            place: dict[str, Any] = {"stream": STREAM, "index": t.long(), "device": x.device}
+            noise = randn(x.shape, seed=seed, sample_ids=ids, **place).to(x.dtype)
+        out = self._conditioned("mean", out, x, t, choices)
+        moves = (t != 0).float().reshape(-1, *[1] * (x.ndim - 1))
+        sample = out["mean"] + moves * torch.exp(0.5 * out["log_variance"]) * noise
+        return {"sample": sample, "pred_xstart": out["pred_xstart"]}
+
+    def _adds_to_the_mean(self, x: Tensor) -> bool:
+        return x.dtype != torch.float64 and not self._overrides("condition_mean")
+
+    def _conditioned(
+        self, what: str, out: dict[str, Tensor], x: Tensor, t: Tensor, choices: Choices
+    ) -> dict[str, Tensor]:
+        stock: Any = self
+        if what == "mean":
+            arguments = (choices.cond_fn, out, x, t)
+            mean = stock.condition_mean(*arguments, model_kwargs=choices.kwargs)
+            return {**out, "mean": mean}
+        return stock.condition_score(choices.cond_fn, out, x, t, model_kwargs=choices.kwargs)
+
+    def _ddim_step(
+        self,
+        model: Any,
+        x: Tensor,
+        t: Tensor,
+        at: int | None,
+        address: Address,
+        choices: Choices,
+    ) -> dict[str, Tensor]:
+        def steps(from_x0: bool) -> Steps:
+            return self._tables.ddim(choices.eta, from_x0)
+
+        return self._along_eps(steps, model, x, t, at, address, choices, draws=True)
+
+    def _along_eps(
+        self,
+        steps: Callable[[bool], Steps],
+        model: Any,
+        x: Tensor,
+        t: Tensor,
+        at: int | None,
+        address: Address,
+        choices: Choices,
+        draws: bool,
+    ) -> dict[str, Tensor]:
+        """A step that rederives ε from x̂₀."""
+        state, x0, clip = x if x.dtype == torch.float64 else x.float(), None, choices.clip
+        if choices.cond_fn is not None:
+            stock: Any = self
+            out = stock.p_mean_variance(model, x, t, **choices.of_mean_variance)
+            x0 = self._conditioned("score", out, x, t, choices)["pred_xstart"]
+            output, clip = x0, None  # what comes of the score is not clipped again
+        else:
+            output = self._model_output(model, x, t, choices.kwargs)
+            if choices.denoised_fn is not None:
+                m = output[:, : x.shape[1]]
+                x0 = choices.denoised_fn(self._tables.x0(state, m, t))
+        sample, x0_hat = steps(choices.cond_fn is not None).take(
+            state,
+            output,
+            t.long() if at is None else at,
+            address,
+            clip=clip,
+            noise=self._drawn(x) if draws else None,
+            x0=x0 if x0 is None else x0.to(state.dtype),
+        )
+        return {"sample": sample, "pred_xstart": x0_hat}
+
+    def _overrides(self, method: str) -> bool:
+        """Whether a class of the user's own has it."""
+        owner = next(c for c in type(self).__mro__ if method in vars(c))
+        return owner.__name__ not in STOCK_NAMES
+
+
+def _last(steps: Iterator[dict[str, Tensor]]) -> Tensor:
+    for out in steps:
+        sample = out["sample"]  # one at a time, so that none but the last is kept
+    return sample
