@@ -14,8 +14,11 @@ from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from torch import Tensor
 
 from .accelerated import Accelerated, accelerated_class, stands_for
+from .diffusers import check_library
 from .diffusers_steps import FusedSteps, fitted
 from .diffusers_tables import ddim_rows
+
+check_library()
 
 Generators = torch.Generator | list[torch.Generator] | None
 
