@@ -33,6 +33,8 @@ BUFFERS = (
     "posterior_mean_coef1",
     "posterior_mean_coef2",
 )
+_FORWARD = ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
+_KEPT = 16  # tables of one diffusion
 
 Buffers = Mapping[str, Any]
 _Table = TypeVar("_Table")
@@ -46,7 +48,7 @@ class Tables:
     """
 
     def __init__(self) -> None:
-        self._made: dict[torch.device, tuple[list[Tensor], list[int], dict[Any, Any]]] = {}
+        self._made: dict[Any, tuple[list[Tensor], list[int], Any]] = {}
         self._warned: set[str] = set()
 
     def __reduce__(self) -> tuple[type[Tables], tuple[()]]:
@@ -59,7 +61,7 @@ class Tables:
             signal = buffers["sqrt_alphas_cumprod"]
             return ForwardWeights(signal, buffers["sqrt_one_minus_alphas_cumprod"])
 
-        return self._get(buffers, "forward", make)
+        return self._get(buffers, "forward", make, _FORWARD)
 
     def ddpm(self, buffers: Buffers, objective: str) -> Steps:
         """The posterior's step at each timestep."""
@@ -70,22 +72,27 @@ class Tables:
         key = (objective, tuple(times), eta)
         return self._get(buffers, key, lambda: _ddim_steps(buffers, objective, times, eta))
 
-    def _get(self, buffers: Buffers, key: Any, make: Callable[[], _Table]) -> _Table:
-        now = [buffers[name] for name in BUFFERS]
+    def _get(
+        self,
+        buffers: Buffers,
+        key: Any,
+        make: Callable[[], _Table],
+        names: tuple[str, ...] = BUFFERS,
+    ) -> _Table:
+        now = [buffers[name] for name in names]
         versions = [-1 if buffer.is_inference() else buffer._version for buffer in now]
-        device = now[0].device
-        made = self._made.get(device)
+        place = now[0].device, key
+        made = self._made.get(place)
         if (
             made is None
             or made[1] != versions
             or any(old is not new for old, new in zip(made[0], now, strict=True))
         ):
-            made = self._made[device] = now, versions, {}
-        tables = made[2]
-        if key not in tables:
+            if len(self._made) >= _KEPT:
+                self._made.clear()
             with torch.inference_mode(False):
-                tables[key] = make()
-        table: _Table = tables[key]
+                made = self._made[place] = now, versions, make()
+        table: _Table = made[2]
         return table
 
     def warn_once(self, reason: str) -> None:

@@ -12,17 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..loss import OFFSET_STREAM
-from ..ops import add_noise, denoising_loss, randn
+from ..ops import add_noise, randn
 from ..ops.add_noise import STREAM
 from ..ops.checks import FLOAT_DTYPES
 from .accelerated import Accelerated
 from .lucidrains_tables import PREDICTIONS, Tables
 from .noise import Address
-from .twice import twice_differentiable
+from .regression import regression_loss
 
 UNUSED: Address = (0, None)  # where torch draws
 FLOAT64 = "its tensors are float64, which the kernels do not take"
-_TWICE = "gradients of gradients of p_losses"
 _DATA_GRADIENT = "p_losses of an x_start or noise that requires grad"
 
 
@@ -34,6 +33,7 @@ class FastTraining(Accelerated):
     _tables: Tables
     model: Callable[..., Tensor]
     model_predictions: Callable[..., Any]
+    predict_v: Callable[[Tensor, Tensor, Tensor], Tensor]
     noise_assignment: Callable[[Tensor, Tensor], Tensor]
     device: torch.device
     objective: str
@@ -69,10 +69,7 @@ class FastTraining(Accelerated):
         if strength > 0:
             shape = (samples, channels)
             if addressed:
-                offset = randn(
-                    shape, seed=address[0], sample_ids=address[1], stream=OFFSET_STREAM,
-                    device=x_start.device,
-                )  # fmt: skip
+                offset = drawn(shape, address, torch.float32, x_start.device, OFFSET_STREAM)
             else:
                 offset = torch.randn(shape, device=self.device)
             offset = strength * offset[:, :, None, None]
@@ -88,73 +85,66 @@ class FastTraining(Accelerated):
             with torch.no_grad():
                 x_self_cond = self.model_predictions(x, t).pred_x_start.detach()
         output = self.model(x, t, x_self_cond)
+        dtype = torch.promote_types(output.dtype, x.dtype)
 
-        mean = loss_reduction != "none"
+        total = loss_reduction != "none"
         weights = self._buffers["loss_weight"].gather(-1, t)
         if weights.dtype != torch.float64:
             weights = weights.float()
-        if mean:
+        if total:
             weights = weights / samples
-        losses = self._losses(output, x_start, t, noise, address, offset, weights)
-        losses = losses.to(torch.promote_types(output.dtype, x.dtype))
-        return losses.sum() if mean else losses
-
-    def _losses(
-        self,
-        output: Tensor,
-        x_start: Tensor,
-        t: Tensor,
-        noise: Tensor | None,
-        address: Address,
-        offset: Tensor | None,
-        weights: Tensor,
-    ) -> Tensor:
-        """Of each sample: its weight times the mean of (target − m)²."""
-
-        def by_formula(output: Tensor) -> Tensor:
-            eps = self._noise_like(x_start, address) if noise is None else noise
-            eps = eps if offset is None else eps + offset
-            target = eps
-            if self.objective == "pred_x0":
-                target = x_start
-            elif self.objective == "pred_v":
-                signal = self._extract("sqrt_alphas_cumprod", t)
-                sigma = self._extract("sqrt_one_minus_alphas_cumprod", t)
-                target = signal * eps - sigma * x_start
-            return weights * F.mse_loss(output, target, reduction="none").flatten(1).mean(1)
-
-        def fused(output: Tensor) -> Tensor:
-            if offset is not None and data is None:
+        if self._loss_is_fused(output, x_start, t, noise):
+            if offset is not None and self.objective == "pred_noise":
                 output = output - offset
             elif offset is not None and self.objective == "pred_v":
                 output = output - self._extract("sqrt_alphas_cumprod", t) * offset
-            return denoising_loss(
+            loss = regression_loss(
                 output,
                 t,
                 self._tables.forward(self._buffers),
-                prediction=PREDICTIONS[self.objective],
-                x0=data,
-                noise=noise,
-                weights=weights,
-                seed=address[0],
-                sample_ids=address[1],
+                PREDICTIONS[self.objective],
+                x_start,
+                noise,
+                address,
+                weights,
+                total,
             )
+        else:
+            if noise is None:
+                noise = self._noise_like(x_start, address)
+                noise = noise if offset is None else noise + offset
+            loss = self._loss_by_formula(output, x_start, t, noise, weights)
+            loss = loss.sum() if total else loss
+        return loss.to(dtype)
 
-        data = None if self.objective == "pred_noise" else x_start
+    def _loss_is_fused(
+        self, output: Tensor, x_start: Tensor, t: Tensor, noise: Tensor | None
+    ) -> bool:
+        """Whether the kernel takes these; warns where it is not differentiable enough."""
         if (
-            not self._takes(x_start, t, noise)
-            or output.dtype not in FLOAT_DTYPES
+            output.dtype not in FLOAT_DTYPES
             or output.shape != x_start.shape
+            or not self._takes(x_start, t, noise)
         ):
-            return by_formula(output)
-        if torch.is_grad_enabled() and any(
-            tensor is not None and tensor.requires_grad for tensor in (data, noise)
+            return False
+        if torch.is_grad_enabled() and (
+            (x_start.requires_grad and self.objective != "pred_noise")
+            or (noise is not None and noise.requires_grad)
         ):
             self._tables.warn_once(_DATA_GRADIENT)
-            return by_formula(output)
-        return twice_differentiable(
-            output, fused, by_formula, lambda: self._tables.warn_once(_TWICE)
-        )
+            return False
+        return True
+
+    def _loss_by_formula(
+        self, output: Tensor, x_start: Tensor, t: Tensor, noise: Tensor, weights: Tensor
+    ) -> Tensor:
+        """Of each sample: its weight times the mean of (target − m)²."""
+        target = noise
+        if self.objective == "pred_x0":
+            target = x_start
+        elif self.objective == "pred_v":
+            target = self.predict_v(x_start, t, noise)
+        return weights * F.mse_loss(output, target, reduction="none").flatten(1).mean(1)
 
     def _noised(
         self,
@@ -187,17 +177,16 @@ class FastTraining(Accelerated):
 
     def _takes(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> bool:
         """Whether the kernels take these; warns where that is for their dtype."""
-        dtypes = [x_start.dtype, self._buffers["betas"].dtype]
-        if noise is not None:
-            dtypes.append(noise.dtype)
-        if torch.float64 in dtypes:
+        betas = self._buffers["betas"].dtype
+        if (
+            x_start.dtype in FLOAT_DTYPES
+            and betas in FLOAT_DTYPES
+            and (noise is None or (noise.dtype in FLOAT_DTYPES and noise.shape == x_start.shape))
+        ):
+            return t.dtype == torch.int64 and t.shape == x_start.shape[:1]
+        if torch.float64 in (x_start.dtype, betas, None if noise is None else noise.dtype):
             self._tables.warn_once(FLOAT64)
-        return (
-            all(dtype in FLOAT_DTYPES for dtype in dtypes)
-            and t.dtype == torch.int64
-            and t.shape == x_start.shape[:1]
-            and (noise is None or noise.shape == x_start.shape)
-        )
+        return False
 
     def _noise_like(self, x_start: Tensor, address: Address, index: int = 0) -> Tensor:
         if not self.noise_source.is_addressed:

@@ -1,0 +1,104 @@
+"""The package's own Trainer on an accelerated GaussianDiffusion, beside one on the stock object."""
+
+from __future__ import annotations
+
+import copy
+import random
+from importlib import import_module
+
+import numpy as np
+import pytest
+import torch
+from lucidrains_models import SIZE, stock_diffusion
+from lucidrains_package import package_or_skip
+from PIL import Image
+
+from ddpm_fast import accelerate
+
+package = package_or_skip()
+AcceleratorState = import_module("accelerate.state").AcceleratorState
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A hundred pictures, the fewest that Trainer takes, larger than the images of the model."""
+    where = tmp_path_factory.mktemp("pictures")
+    pixels = np.random.default_rng(0).integers(0, 256, (100, 10, 12, 3), dtype=np.uint8)
+    for i, picture in enumerate(pixels):
+        Image.fromarray(picture).save(where / f"{i}.png")
+    return where
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch):
+    """The Trainer starts one loader a processor, and its library keeps the first precision."""
+    monkeypatch.setattr(package, "cpu_count", lambda: 0)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def trainer_of(diffusion, folder, results, **settings):
+    return package.Trainer(
+        diffusion,
+        folder,
+        train_batch_size=16,
+        train_num_steps=STEPS,
+        save_and_sample_every=2,
+        num_samples=4,
+        ema_update_every=1,
+        results_folder=results,
+        calculate_fid=False,
+        **settings,
+    )
+
+
+def trained(diffusion, folder, results, **settings):
+    torch.manual_seed(1)
+    random.seed(1)
+    trainer = trainer_of(diffusion, folder, results, **settings)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("settings", [{}, {"amp": True, "mixed_precision_type": "bf16"}])
+def test_the_same_training(folder, tmp_path, settings):
+    """Weights after some steps, their average, and the pictures of both, drawn from one seed."""
+    stock = stock_diffusion(package, sampling_timesteps=3, self_condition=True)
+    fast = accelerate(copy.deepcopy(stock), noise="torch")
+    theirs = trained(stock, folder, tmp_path / "stock", **settings)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    ours = trained(fast, folder, tmp_path / "fast", **settings)
+    assert type(ours.ema.ema_model) is type(fast)
+    expected, found = (
+        torch.load(tmp_path / name / f"model-{STEPS // 2}.pt") for name in ("stock", "fast")
+    )
+    for part in ("model", "ema"):
+        assert list(expected[part]) == list(found[part])
+        for name, tensor in expected[part].items():
+            torch.testing.assert_close(found[part][name], tensor, rtol=1e-4, atol=1e-5)
+    start = stock_diffusion(package, self_condition=True).model.conv.weight
+    assert (found["model"]["model.conv.weight"] - start).abs().max() > 1e-4
+    for milestone in (1, 2):
+        pictures = [
+            np.array(Image.open(tmp_path / name / f"sample-{milestone}.png")).astype(int)
+            for name in ("stock", "fast")
+        ]
+        assert pictures[0].shape == (2 * SIZE, 2 * SIZE, 3)
+        assert abs(pictures[0] - pictures[1]).max() <= 1
+    assert theirs.step == ours.step == STEPS
+
+
+def test_addressed_noise_and_a_milestone(folder, tmp_path):
+    """Trained with the kernels' noise, loaded by a stock object and by an accelerated one."""
+    fast = accelerate(stock_diffusion(package, sampling_timesteps=3))
+    ours = trained(fast, folder, tmp_path)
+    for other in (stock_diffusion(package), accelerate(stock_diffusion(package))):
+        loaded = trainer_of(other, folder, tmp_path)
+        loaded.load(STEPS // 2)
+        assert loaded.step == STEPS
+        for name, tensor in ours.ema.state_dict().items():
+            assert torch.equal(loaded.ema.state_dict()[name], tensor)
+        assert torch.equal(other.model.conv.weight, fast.model.conv.weight)
