@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from . import checkpoint
@@ -44,14 +45,15 @@ def export(model: UNet) -> Any:
         raise ImportError("to_diffusers needs diffusers: pip install 'ddpm_fast[diffusers]'") from (
             error
         )
-    tensors: dict[str, Tensor] = {}
+    tensors = {}
     for name, tensor in model.state_dict().items():
         names = _place(name).names
-        tensors.update(zip(names, tensor.chunk(len(names)), strict=True))
-    theirs: Any = UNet2DModel(**options)
-    theirs.to(device=model.conv_in.weight.device, dtype=model.dtype)
-    theirs.load_state_dict(tensors)
-    return theirs.train(model.training)
+        for theirs, part in zip(names, tensor.chunk(len(names)), strict=True):
+            tensors[theirs] = part.clone()
+    with torch.device("meta"):
+        exported: Any = UNet2DModel(**options)
+    exported.load_state_dict(tensors, assign=True)
+    return exported.train(model.training)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], Path]:
