@@ -218,6 +218,15 @@ def test_gradients_of_the_noise():
     assert (found[0] - found[1]).abs().max() <= 64 * FLOAT32 * found[0].abs().max()
 
 
+def test_one_timestep_for_all():
+    """[1] of it broadcasts in the stock code."""
+    stock, fast = both(package)
+    one = torch.tensor([7])
+    theirs, _ = seeded(lambda: stock(images(), times=one))
+    ours, _ = seeded(lambda: fast(images(), times=one))
+    assert_same_training(stock, fast, theirs, ours)
+
+
 def test_without_gradients():
     stock, fast = both(package)
     with torch.no_grad():
@@ -330,5 +339,8 @@ def test_errors():
         fast.p_losses(images(), torch.tensor([0, 1, 2, 1000]))
     with pytest.raises(ValueError, match="not enough values"):
         fast.p_losses(images()[0], torch.tensor([0]))
+    pixels, t = (images() * 255).byte(), torch.tensor([0] * 4)
+    with pytest.raises(TypeError, match=r"x_start must be a float tensor; got torch\.uint8"):
+        fast.p_losses(pixels, t)
     with pytest.raises(RuntimeError, match="normal_kernel"):  # torch's, as there
-        accelerate(fast, noise="torch").p_losses((images() * 255).byte(), torch.tensor([0] * 4))
+        accelerate(fast, noise="torch").p_losses(pixels, t)

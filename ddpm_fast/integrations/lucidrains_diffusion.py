@@ -74,7 +74,8 @@ class FastDiffusion(FastTraining):
         address = self._address()
         times = torch.full((x1.shape[0],), t, device=x1.device)
         first, second = (
-            self._noised(x, times, None, address, index) for index, x in enumerate((x1, x2))
+            self._noised(x, times, None, address, self._takes(x, times, None), index)
+            for index, x in enumerate((x1, x2))
         )
         steps = self._tables.ddpm(self._buffers, self.objective)
         img = (1 - lam) * first + lam * second

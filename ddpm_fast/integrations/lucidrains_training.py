@@ -44,7 +44,7 @@ class FastTraining(Accelerated):
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
         """√ᾱ_t x_0 + √(1−ᾱ_t) ε; addressed noise is that of the next samples to train on."""
         address = self._training_address(x_start) if noise is None else UNUSED
-        return self._noised(x_start, t, noise, address)
+        return self._noised(x_start, t, noise, address, self._takes(x_start, t, noise))
 
     def p_losses(
         self,
@@ -63,7 +63,8 @@ class FastTraining(Accelerated):
         address = UNUSED
         if noise is None or strength > 0:
             address = self._training_address(x_start)
-        if noise is None and (not addressed or self.immiscible or not self._takes(x_start, t)):
+        takes = self._takes(x_start, t, noise)
+        if noise is None and not (addressed and takes and not self.immiscible):
             noise = self._noise_like(x_start, address)
         offset = None
         if strength > 0:
@@ -77,7 +78,7 @@ class FastTraining(Accelerated):
                 noise += offset
                 offset = None
 
-        x = self._noised(x_start, t, noise, address)
+        x = self._noised(x_start, t, noise, address, takes)
         if offset is not None:
             x += self._extract("sqrt_one_minus_alphas_cumprod", t) * offset
         x_self_cond = None
@@ -93,7 +94,7 @@ class FastTraining(Accelerated):
             weights = weights.float()
         if total:
             weights = weights / samples
-        if self._loss_is_fused(output, x_start, t, noise):
+        if takes and self._loss_is_fused(output, x_start, noise):
             if offset is not None and self.objective == "pred_noise":
                 output = output - offset
             elif offset is not None and self.objective == "pred_v":
@@ -117,15 +118,9 @@ class FastTraining(Accelerated):
             loss = loss.sum() if total else loss
         return loss.to(dtype)
 
-    def _loss_is_fused(
-        self, output: Tensor, x_start: Tensor, t: Tensor, noise: Tensor | None
-    ) -> bool:
-        """Whether the kernel takes these; warns where it is not differentiable enough."""
-        if (
-            output.dtype not in FLOAT_DTYPES
-            or output.shape != x_start.shape
-            or not self._takes(x_start, t, noise)
-        ):
+    def _loss_is_fused(self, output: Tensor, x_start: Tensor, noise: Tensor | None) -> bool:
+        """Whether the kernel takes the model's output; warns where it could not differentiate."""
+        if output.dtype not in FLOAT_DTYPES or output.shape != x_start.shape:
             return False
         if torch.is_grad_enabled() and (
             (x_start.requires_grad and self.objective != "pred_noise")
@@ -152,13 +147,16 @@ class FastTraining(Accelerated):
         t: Tensor,
         noise: Tensor | None,
         address: Address,
+        takes: bool,
         index: int = 0,
     ) -> Tensor:
-        """q_sample, with its noise at the address where it is drawn there."""
-        takes = self._takes(x_start, t, noise) and not (noise is not None and noise.requires_grad)
-        if noise is None and (self.immiscible or not takes or not self.noise_source.is_addressed):
+        """q_sample, with its noise at the address where it is drawn there.
+
+        takes: whether the kernels take these arguments.
+        """
+        if noise is None and not (takes and self.noise_source.is_addressed and not self.immiscible):
             noise = self._noise_like(x_start, address, index)
-        if not takes:
+        if not takes or (noise is not None and noise.requires_grad):
             noised: Tensor = super().q_sample(x_start, t, noise)  # type: ignore[misc]
             return noised
         if self.immiscible:
@@ -175,8 +173,8 @@ class FastTraining(Accelerated):
             index=index,
         )
 
-    def _takes(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> bool:
-        """Whether the kernels take these; warns where that is for their dtype."""
+    def _takes(self, x_start: Tensor, t: Tensor, noise: Tensor | None) -> bool:
+        """Whether the kernels take these, or noise like x_start; warns of float64."""
         betas = self._buffers["betas"].dtype
         if (
             x_start.dtype in FLOAT_DTYPES
@@ -191,6 +189,8 @@ class FastTraining(Accelerated):
     def _noise_like(self, x_start: Tensor, address: Address, index: int = 0) -> Tensor:
         if not self.noise_source.is_addressed:
             return torch.randn_like(x_start)
+        if not x_start.is_floating_point():  # which torch.randn_like refuses as well
+            raise TypeError(f"x_start must be a float tensor; got {x_start.dtype}")
         return drawn(x_start.shape, address, x_start.dtype, x_start.device, STREAM, index)
 
     def _training_address(self, x_start: Tensor) -> Address:
