@@ -78,15 +78,16 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         FileNotFoundError: no such file.
         ValueError: it is no such file, or holds other things than a dictionary of tensors.
     """
-    try:
-        found: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} is no whole file of tensors: it was cut short, or holds other objects, which "
-            "are not loaded, since they could run code"
-        ) from error
-    except (EOFError, KeyError, RuntimeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a whole file of torch.save: {error}") from error
+    with open(path, "rb") as file:
+        try:
+            found: Any = torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"{path} is no whole file of tensors: it was cut short, or holds other objects, "
+                "which are not loaded, since they could run code"
+            ) from error
+        except (EOFError, KeyError, OSError, RuntimeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not a whole file of torch.save: {error}") from error
     if not isinstance(found, dict) or not found:
         raise ValueError(f"{path} holds no state dict, but {type(found).__name__}")
     return tensors_of(path, found)
