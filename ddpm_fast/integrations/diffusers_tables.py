@@ -155,7 +155,7 @@ def plan_of(scheduler: Any, host_alphas: Tensor | None, host_timesteps: Tensor |
     timesteps = tables[2] if host_timesteps is None else host_timesteps
     if timesteps.is_cpu:
         plan.timesteps = [int(t) for t in timesteps.tolist()]
-        if tables[2].dtype == torch.int64 and tables[2].is_contiguous():
+        if tables[2].dtype == torch.int64 and tables[2].is_contiguous() and tables[2].data_ptr():
             plan.first_address = tables[2].data_ptr()
             plan.end_address = plan.first_address + 8 * len(plan.timesteps)
     alphas = tables[0] if host_alphas is None else host_alphas
