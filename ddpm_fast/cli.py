@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 
 from . import __version__
-from .commands import demo, evaluate, info, sample, train
+from .commands import convert, demo, evaluate, info, sample, train
 
-COMMANDS = (info, demo, train, sample, evaluate)
+COMMANDS = (info, demo, train, sample, evaluate, convert)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

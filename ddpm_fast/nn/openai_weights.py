@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from .checkpoint import read_safetensors
 from .config import UNetConfig
 from .weights import Place, build, read_pickle, tensors_of
 
@@ -68,7 +69,9 @@ def load(
     if isinstance(source, Mapping):
         tensors, what = tensors_of("source", source), "the state dict"
     else:
-        tensors, what = read_pickle(Path(source)), os.fspath(source)
+        path = Path(source)
+        safe = path.suffix == ".safetensors" and path.is_file()
+        tensors, what = read_safetensors(path) if safe else read_pickle(path), os.fspath(source)
     legacy = not options.get("use_new_attention_order", False)
     return build(cls, config, _places(config, legacy), tensors, what)
 

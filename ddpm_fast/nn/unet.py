@@ -205,8 +205,8 @@ class UNet(nn.Module):
         """The same function as a UNetModel of improved- or guided-diffusion, with its weights.
 
         Args:
-            source: its state dict, or the path of a .pt file of one, which is read by
-                ``torch.load(weights_only=True)``.
+            source: its state dict, or the path of one in a .pt file, which is read by
+                ``torch.load(weights_only=True)``, or in a .safetensors file.
             config: the options of their scripts by name, as in ``dict(image_size=64,
                 num_channels=192, learn_sigma=True, …)``; those left out have the scripts' defaults,
                 and those of the diffusion process are passed over. Also ``in_channels``,
