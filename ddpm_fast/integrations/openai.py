@@ -16,7 +16,7 @@ from torch import Tensor
 from ..schedule import NoiseSchedule
 from .accelerated import accelerate_object
 from .noise import NoiseSource
-from .openai_calls import CHOICES, STOCK_NAMES, model_timesteps, stock_method
+from .openai_calls import STOCK_NAMES, Choices, model_timesteps, stock_method
 from .openai_losses import FastLosses
 from .openai_sampling import FastSampling
 from .openai_tables import Tables
@@ -128,7 +128,7 @@ def _check_class(diffusion: Any) -> None:
             problems.append(f"no {method}")
             continue
         found = list(inspect.signature(function).parameters)[1:]
-        if tuple(found[: len(first)]) != first or set(found[len(first) :]) - set(CHOICES):
+        if tuple(found[: len(first)]) != first or set(found[len(first) :]) - set(Choices._fields):
             problems.append(f"{method}({', '.join(found)})")
     if problems:
         raise RuntimeError(

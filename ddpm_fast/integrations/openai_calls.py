@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..model import call_model
 from .accelerated import Accelerated
 from .openai_tables import Tables
 
@@ -17,8 +16,7 @@ STOCK_NAMES = ("GaussianDiffusion", "SpacedDiffusion")
 _WRAPPER_ATTRIBUTES = {"model", "timestep_map", "rescale_timesteps", "original_num_steps"}
 
 
-@dataclass(frozen=True)
-class Choices:
+class Choices(NamedTuple):
     """Arguments that their methods have in common. Not every method, nor every copy of the code,
     takes each, and they stand in another order."""
 
@@ -49,14 +47,20 @@ class Choices:
         }
 
 
-CHOICES = tuple(field.name for field in fields(Choices))
-
-
 def stock_method(cls: type, name: str) -> Any:
     """Their base class's function, without what SpacedDiffusion puts around it; None where that
     copy of the code lacks it."""
     base = next(c for c in cls.__mro__ if c.__name__ == STOCK_NAMES[0])
     return getattr(base, name, None)
+
+
+@functools.cache
+def _signature(cls: type, method: str) -> tuple[inspect.Signature, Choices]:
+    """Of the arguments that Choices has, and what it has where none are given."""
+    parameters = inspect.signature(stock_method(cls, method)).parameters.values()
+    kept = [p for p in parameters if p.name in Choices._fields]
+    defaults = {p.name: p.default for p in kept if p.default is not p.empty}
+    return inspect.Signature(kept), Choices(**defaults)
 
 
 class AcceleratedDiffusion(Accelerated):
@@ -71,7 +75,7 @@ class AcceleratedDiffusion(Accelerated):
         return self._tables_kept
 
     def __getstate__(self) -> dict[str, Any]:
-        made_anew = ("_tables_kept", "_told", "_signatures")
+        made_anew = ("_tables_kept", "_told")
         return {k: v for k, v in self.__dict__.items() if k not in made_anew}
 
     def _choices(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Choices:
@@ -80,18 +84,15 @@ class AcceleratedDiffusion(Accelerated):
         Raises:
             TypeError: what the stock method does not take.
         """
-        signatures = self.__dict__.setdefault("_signatures", {})
-        signature = signatures.get(method)
-        if signature is None:
-            whole = inspect.signature(stock_method(type(self), method))
-            kept = [p for p in whole.parameters.values() if p.name in CHOICES]
-            signature = signatures[method] = inspect.Signature(kept)
+        cls: Any = type(self)
+        signature, defaults = _signature(cls, method)
+        if not args and kwargs.keys() <= signature.parameters.keys():
+            return defaults._replace(**kwargs)
         try:
-            bound = signature.bind(*args, **kwargs)
+            given = signature.bind(*args, **kwargs).arguments
         except TypeError as error:
             raise TypeError(f"{method}(): {error}") from None
-        bound.apply_defaults()
-        return Choices(**bound.arguments)
+        return defaults._replace(**given)
 
     # The model --------------------------------------------------------------------------------
 
@@ -109,10 +110,20 @@ class AcceleratedDiffusion(Accelerated):
         return wrapped
 
     def _model_output(self, model: Any, x: Tensor, t: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """What a wrapped model says at timesteps t, int64 [N]."""
+        """What a wrapped model says at timesteps t, int64 [N]; in whatever dtype, as theirs may."""
         scale = getattr(self, "_scale_timesteps", None)
-        told = t if scale is None else scale(t)
-        return call_model(model, x, told, kwargs, self._tables.halves)
+        output = model(x, t if scale is None else scale(t), **kwargs)
+        if isinstance(output, tuple):
+            output = output[0]
+        expected = (x.shape[0], self._tables.halves * x.shape[1], *x.shape[2:])
+        if not isinstance(output, Tensor) or output.shape != expected:
+            shape = getattr(output, "shape", None)
+            raise ValueError(
+                f"model must return a tensor of shape {list(expected)}, its variance being "
+                f"{self._tables.variance}; got "
+                f"{type(output).__name__ if shape is None else list(shape)}"
+            )
+        return output
 
 
 def model_timesteps(diffusion: Any) -> Tensor:
