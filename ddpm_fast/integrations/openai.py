@@ -144,7 +144,7 @@ def _check_results(stock: Any, trial: Any) -> None:
         RuntimeError: they differ by more than rounding.
     """
     last = len(stock.betas) - 1
-    t = torch.tensor([0, 1, (last + 1) // 2, last], device="cpu")
+    t = torch.tensor([0, min(1, last), (last + 1) // 2, last], device="cpu")
     x = torch.tensor([0.3, -0.8, 0.6, -0.2], device="cpu").reshape(4, 1, 1).repeat(1, 1, 2)
 
     def model(x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
@@ -160,19 +160,27 @@ def _check_results(stock: Any, trial: Any) -> None:
     state = torch.get_rng_state()
     try:
         for name, call in calls.items():
-            results = []
-            for diffusion in (stock, trial):
-                torch.default_generator.manual_seed(0)
-                with torch.no_grad():
-                    results.append(call(diffusion))
-            expected, found = results
-            for key, values in found.items():
-                if key not in expected or not torch.allclose(
-                    values, expected[key], rtol=1e-2, atol=1e-3, equal_nan=True
-                ):
-                    raise RuntimeError(
-                        f"{type(stock).__module__}'s {name} does not compute what OpenAI's does "
-                        f"({key!r} differs); ddpm_fast knows {KNOWN}"
-                    )
+            _compare(f"{type(stock).__module__}'s {name}", call, stock, trial)
     finally:
         torch.set_rng_state(state)
+
+
+def _compare(what: str, call: Any, stock: Any, trial: Any) -> None:
+    results = []
+    for diffusion in (stock, trial):
+        torch.default_generator.manual_seed(0)
+        try:
+            with torch.no_grad():
+                results.append(call(diffusion))
+        except Exception as error:
+            raise RuntimeError(f"{what} fails on two pixels: {error}") from error
+    expected, found = results
+    for key, values in expected.items():
+        finite = values.isfinite()  # not so where ᾱ is 0
+        if key not in found or not torch.allclose(
+            found[key][finite], values[finite], rtol=1e-2, atol=1e-3
+        ):
+            raise RuntimeError(
+                f"{what} does not compute what OpenAI's does ({key!r} differs); ddpm_fast knows "
+                f"{KNOWN}"
+            )
