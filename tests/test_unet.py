@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ddpm_fast import UNet, UNetConfig
-from ddpm_fast.nn.unet import timestep_embedding
+from ddpm_fast.nn.blocks import timestep_embedding
 
 SMALL = UNetConfig(
     image_size=16,

@@ -109,7 +109,7 @@ def check_there_and_back(options, seed):
     assert gap(*outputs(back, ours, torch.float64)) < 1e-13
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(options=unet2d_options(), seed=st.integers(0, 99))
 def test_any_model_there_and_back(options, seed):
     check_there_and_back(options, seed)

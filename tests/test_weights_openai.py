@@ -62,7 +62,7 @@ def scripts_options(draw):
     }
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(options=scripts_options(), seed=st.integers(0, 99))
 def test_any_model(options, seed):
     theirs = theirs_of(options, seed)
