@@ -84,7 +84,7 @@ def test_buffers_that_change():
         unlike, _ = seeded(lambda fast=fast: fast.sample(2))
         assert (unlike - expected).abs().max() > 1e-2
         fast.q_sample(x0, t)
-        fast.load_state_dict(other.state_dict(), assign=assign)
+        fast.load_state_dict(copy.deepcopy(other).state_dict(), assign=assign)
         found, _ = seeded(lambda fast=fast: fast.sample(2))
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
         torch.testing.assert_close(fast.q_sample(x0, t, torch.ones_like(x0)), noised)

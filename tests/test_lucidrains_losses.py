@@ -128,6 +128,19 @@ def test_float64(objective, noise, immiscible):
     assert_same_training(stock, fast, theirs, ours, 1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:.*float64")
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_float64_model(objective):
+    """Whose output is found to be float64 when x_t is drawn and its noise is not stored."""
+    config = {"model": TinyNet().double(), "objective": objective, "offset_noise_strength": 0.1}
+    stock, fast = both(package, **config)
+    fast.set_noise(seed=3)
+    x0, t = images() * 2 - 1, torch.tensor([0, 3, 500, 999])
+    eps = randn(x0.shape, seed=3, stream=2) + 0.1 * randn([4, 3, 1, 1], seed=3, stream=5)
+    theirs = stock.p_losses(x0, t, eps, offset_noise_strength=0.0)
+    assert_same_training(stock, fast, theirs, fast.p_losses(x0, t))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_low_precision_model(objective, dtype):

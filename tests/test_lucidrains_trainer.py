@@ -17,7 +17,10 @@ from ddpm_fast import accelerate
 
 package = package_or_skip()
 AcceleratorState = import_module("accelerate.state").AcceleratorState
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:'pin_memory'"),  # which the Trainer always asks for
+]
 
 STEPS = 4
 

@@ -68,7 +68,8 @@ class Tables:
         return self._get(buffers, objective, lambda: _ddpm_steps(buffers, objective))
 
     def ddim(self, buffers: Buffers, objective: str, times: list[int], eta: float) -> Steps:
-        """The steps of a trajectory along ``times``; the rows of other timesteps are 0."""
+        """The steps of a trajectory along ``times`` but for the last, whose result is x̂₀. The rows
+        of other timesteps are 0."""
         key = (objective, tuple(times), eta)
         return self._get(buffers, key, lambda: _ddim_steps(buffers, objective, times, eta))
 
@@ -134,7 +135,7 @@ def _ddpm_steps(buffers: Buffers, objective: str) -> Steps:
 
 def _ddim_steps(buffers: Buffers, objective: str, times: list[int], eta: float) -> Steps:
     alphas_cumprod = buffers["alphas_cumprod"]
-    left, into = times[:-1], times[1:]  # the last step's result is x̂₀
+    left, into = times[:-1], times[1:]
     alpha, alpha_next = alphas_cumprod[left], alphas_cumprod[into]
     sigma = eta * ((1 - alpha / alpha_next) * (1 - alpha_next) / (1 - alpha)).sqrt()
     of_eps = (1 - alpha_next - sigma**2).sqrt().double()
@@ -149,5 +150,4 @@ def _ddim_steps(buffers: Buffers, objective: str, times: list[int], eta: float) 
     for name, column in columns.items():
         rows[name] = torch.zeros_like(alphas_cumprod, dtype=torch.float64)
         rows[name][left] = column
-    rows["b_0"][times[-1]] = 1
     return Steps.of(b_m=torch.zeros(1), method="ddim", **rows, **_to_x0(buffers, objective))

@@ -120,6 +120,8 @@ class FastTraining(Accelerated):
 
     def _loss_is_fused(self, output: Tensor, x_start: Tensor, noise: Tensor | None) -> bool:
         """Whether the kernel takes the model's output; warns where it could not differentiate."""
+        if output.dtype == torch.float64:
+            self._tables.warn_once(FLOAT64)
         if output.dtype not in FLOAT_DTYPES or output.shape != x_start.shape:
             return False
         if torch.is_grad_enabled() and (
