@@ -20,6 +20,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+MAIN_MODULE = "denoising_diffusion_pytorch.denoising_diffusion_pytorch"
 # Imported before anything stands in for torchvision, which some of them look for.
 DEPENDENCIES = ("accelerate", "einops", "ema_pytorch", "scipy.optimize", "tqdm.auto")
 
@@ -30,10 +31,12 @@ def import_package() -> ModuleType:
     Raises:
         ImportError: the package, or something that it needs, is not installed.
     """
+    if MAIN_MODULE in sys.modules:
+        return sys.modules[MAIN_MODULE]
     for name in DEPENDENCIES:
         importlib.import_module(name)
     with contextlib.nullcontext() if _has_torchvision() else _standing_in():
-        return importlib.import_module("denoising_diffusion_pytorch.denoising_diffusion_pytorch")
+        return importlib.import_module(MAIN_MODULE)
 
 
 def package_or_skip() -> ModuleType:

@@ -83,6 +83,24 @@ def test_ddim(schedule, objective, eta, self_condition):
     assert torch.equal(alone, ours[:, -1])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("sampling_timesteps", [None, 250])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_thousand_steps(schedule, objective, sampling_timesteps):
+    stock, fast = both(
+        package,
+        beta_schedule=schedule,
+        objective=objective,
+        sampling_timesteps=sampling_timesteps,
+        ddim_sampling_eta=0.5,
+        self_condition=True,
+    )
+    theirs, _ = seeded(lambda: stock.sample(2))
+    ours, _ = seeded(lambda: fast.sample(2))
+    assert (theirs - ours).abs().max() < 1e-5  # a hundredth of a grey level is 4e-5
+
+
 @pytest.mark.parametrize("sampling_timesteps", [None, 9])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("self_condition", [False, True])
