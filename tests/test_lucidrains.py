@@ -31,9 +31,6 @@ def state_of(diffusion):
     return type(diffusion), {**diffusion.__dict__}
 
 
-# The object ----------------------------------------------------------------------------------
-
-
 def test_in_place():
     stock = stock_diffusion(package, timesteps=20)
     before = {name: tensor for name, tensor in stock.state_dict().items()}
@@ -113,9 +110,6 @@ def test_subclasses_that_leave_the_methods_alone():
     theirs, _ = seeded(lambda: stock(images()))
     ours, _ = seeded(lambda: fast(images()))
     torch.testing.assert_close(ours, theirs)
-
-
-# What it does not take -----------------------------------------------------------------------
 
 
 def test_other_classes():
@@ -207,9 +201,6 @@ def test_namesakes_of_other_packages():
         accelerate(GaussianDiffusion())
 
 
-# Addressed noise -----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("self_condition", [False, True])
 @pytest.mark.parametrize("sampling_timesteps", [None, 7])
 def test_images_do_not_depend_on_the_batch(sampling_timesteps, self_condition):
@@ -256,9 +247,6 @@ def test_interpolate_with_addressed_noise():
     found = fast.interpolate(first, second, 12, lam=0.25)
     torch.testing.assert_close(found, x, rtol=0, atol=1e-5)
     assert fast.noise_source.consumed == 0  # training goes on where it was
-
-
-# Sampler -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("accelerate_first", [False, True])
