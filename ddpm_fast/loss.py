@@ -256,7 +256,7 @@ class DenoisingLoss:
         if into_history:
             self._history.update(t, per_sample, self.group_size)  # type: ignore[union-attr]
         if sample_ids is None:
-            self.samples_seen += samples * _processes()[1]
+            self.samples_seen += samples * processes()[1]
         return LossOutput(loss, per_sample, t.clone() if t is drawn else t)  # drawn is a view
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -305,8 +305,8 @@ class DenoisingLoss:
         device: torch.device,
     ) -> tuple[int | Tensor, Tensor, Tensor, Tensor | None]:
         """The seed and ids as the ops take them, and what is drawn for these: see ``_draw``."""
-        rank, processes = _processes()
-        group = self.group_size or samples * processes
+        rank, count = processes()
+        group = self.group_size or samples * count
         if sample_ids is None:
             first = self.samples_seen + rank * samples
             sample_ids = range(first, first + samples)
@@ -411,7 +411,7 @@ class DenoisingLoss:
         return denoising_loss(output, t, self.schedule, x0=data, weights=weights, **arguments)
 
 
-def _processes() -> tuple[int, int]:
+def processes() -> tuple[int, int]:
     """This process's rank among those of torch.distributed, and their number."""
     if not (dist.is_available() and dist.is_initialized()):
         return 0, 1

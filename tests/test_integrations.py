@@ -53,6 +53,16 @@ def test_a_seed_repeats_trajectories_and_never_training():
     assert source.consumed == 15
 
 
+def test_processes_take_ids_of_their_own(monkeypatch):
+    taken = []
+    for rank in range(3):
+        monkeypatch.setattr("ddpm_fast.integrations.noise.processes", lambda rank=rank: (rank, 3))
+        source = NoiseSource(seed=7)
+        for _ in range(2):
+            taken += source.of_training(4, CPU)[1].tolist()
+    assert sorted(taken) == list(range(24))
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..loss import processes
 from ..ops.checks import as_int
 from ..schedule import one_of
 
@@ -56,12 +57,17 @@ class NoiseSource:
         return fresh_seed() if self.seed is None else self.seed, self.sample_ids
 
     def of_training(self, samples: int, device: torch.device) -> Address:
-        """The address of the next ``samples`` samples to train on."""
-        if self.seed is None:
+        """The address of the next ``samples`` samples to train on. Each process of a group has ids
+        of its own: they are taken to train on as many samples."""
+        rank, count = processes()
+        if self.seed is None and count == 1:
             return fresh_seed(), None
-        first = self.consumed
-        self.consumed += samples
-        return self.seed, torch.arange(first, self.consumed, device=device)
+        first = self.consumed + rank * samples
+        ids = torch.arange(first, first + samples, device=device)
+        if self.seed is None:  # the processes may have been seeded alike
+            return fresh_seed(), ids
+        self.consumed += count * samples
+        return self.seed, ids
 
 
 def fresh_seed() -> int:
