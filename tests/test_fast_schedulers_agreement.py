@@ -237,6 +237,29 @@ def test_any_ddim(config, eta, clipped, num_steps):
         check_trajectory(stock, fast, eta=eta, use_clipped_model_output=clipped)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("most", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.5, 0.75, 0.9, 0.995, 1.0])
+def test_thresholds_to_the_bit(ratio, most, dtype):
+    """The quantile by the largest elements alone is the one by sorting."""
+    config = {"dynamic_thresholding_ratio": ratio, "sample_max_value": most}
+    stock, fast = pair(DDPMScheduler, thresholding=True, **config)
+    for shape in [(3, 3, 7, 11), (2, 1, 1, 1), (1, 2, 1, 1), (2, 3, 16, 16)]:
+        x0 = 2 * randn(shape, seed=4).to(dtype)
+        x0[-1].view(-1)[0] = 3.5
+        assert torch.equal(fast._thresholded(x0), stock._threshold_sample(x0))
+    x0[0, 0, 0, 0], x0[1, 0, 0, 0] = torch.nan, torch.inf
+    ours, theirs = fast._thresholded(x0), stock._threshold_sample(x0)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+    assert ours[0].isnan().all()
+
+
+def test_a_ratio_that_is_none_raises_as_there():
+    _, fast = pair(DDPMScheduler, thresholding=True, dynamic_thresholding_ratio=1.5)
+    with pytest.raises(RuntimeError, match="quantile"):
+        fast.step(output_of_model(0), 500, randn(SHAPE, seed=1))
+
+
 def walk(scheduler, prediction, **arguments):
     """With the best model of images that are N(0, ¼), told the timestep, and not quite linear."""
     kernel = randn((3, 3, 3, 3), seed=8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from importlib import import_module
 from itertools import pairwise
 
 import pytest
@@ -51,7 +52,7 @@ class Fixed(torch.Generator):
 
 @pytest.fixture(autouse=True)
 def fixed_noise(monkeypatch):
-    module = __import__("ddpm_fast.integrations.diffusers_steps", fromlist=["randn_tensor"])
+    module = import_module("ddpm_fast.integrations.diffusers_arguments")
     real = module.randn_tensor
 
     def drawn(shape, generator=None, **arguments):

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from .accelerated import Accelerated, accelerated_class, stands_for
 from .diffusers import check_library
-from .diffusers_steps import FusedSteps, fitted
+from .diffusers_arguments import fitted
+from .diffusers_steps import FusedSteps
 from .diffusers_tables import ddim_rows
 
 check_library()

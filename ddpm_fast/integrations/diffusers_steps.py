@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -14,11 +14,23 @@ from ..ops.randn import randn
 from ..ops.reverse_step import NO_CLIP
 from ..ops.reverse_step import _reverse_step as reverse_step_now
 from ..ops.reverse_step_run import STREAM, VARIANCES
+from .diffusers_arguments import (
+    UNKNOWN,
+    check_floating,
+    from_torch,
+    is_double,
+    mismatch,
+    read,
+    unknown_timestep,
+)
 from .diffusers_forward import ForwardProcess
 from .diffusers_tables import Plan, Rows, plan_of
 from .noise import NoiseSource, fresh_seed
 
 _LEARNED_RANGE, _LEARNED = VARIANCES.index("learned_range"), VARIANCES.index("learned")
+
+
+_MOST_OF_QUANTILE = 1 << 24  # elements that torch.quantile takes
 
 
 class FusedSteps(ForwardProcess):
@@ -70,28 +82,28 @@ class FusedSteps(ForwardProcess):
             if isinstance(t, Tensor) and t.is_cpu and t.numel() == 1:
                 t = t.item()
             if type(t) is not int:
-                t, ts = _read(plan, t, x)
+                t, ts = read(plan, t, x)
         if ts is None:
             if not 0 <= t < plan.last or not (plan.listed is None or plan.listed[t]):
-                raise _unknown_timestep(plan, t)
+                raise unknown_timestep(plan, t)
             row, steps = plan.last - 1 - t, None
             if draws is None:
                 draws = t > 0
         else:
             row, steps = 0, plan.last - 1 - ts
             if draws is None:
-                draws = t > 0 or t == _UNKNOWN
+                draws = t > 0 or t == UNKNOWN
 
         shape = x.shape
-        code = plan.same if m.shape == shape else plan.doubled if _is_double(m, x) else None
+        code = plan.same if m.shape == shape else plan.doubled if is_double(m, x) else None
         if code is None or m.device != x.device:
-            raise _mismatch(plan, m, x)
+            raise mismatch(plan, m, x)
         seed, ids = 0, None
         if draws and noise is None:
             if generator is not None or self.noise_source.source == "torch":
-                noise = _from_torch(generator, shape, m)
+                noise = from_torch(generator, shape, m)
             else:
-                seed, ids = self._address(t if ts is None else _UNKNOWN, shape[0], x.device)
+                seed, ids = self._address(t if ts is None else UNKNOWN, shape[0], x.device)
         elif not draws:
             noise = None
         dtype = x.dtype
@@ -101,9 +113,11 @@ class FusedSteps(ForwardProcess):
         if noise is not None and noise.dtype is not dtype:
             dtype = torch.promote_types(dtype, noise.dtype)
 
-        if plan.takes_root or dtype not in checks.FLOAT_DTYPES or _is_transformed(x, m):
+        plain = plan.takes_root or dtype not in checks.FLOAT_DTYPES
+        now = not plain and forward_ad._current_level < 0 and checks.runs_now(x, m, noise)
+        if plain or (not now and _is_transformed(x, m)):
             work = torch.float64 if dtype is torch.float64 else torch.float32
-            _check_floating(x, m)
+            check_floating(x, m)
             if draws and noise is None:
                 index = t if ts is None else ts.expand(shape[0])
                 noise = randn(
@@ -122,7 +136,6 @@ class FusedSteps(ForwardProcess):
                 seed -= 1 << 64
             table, timesteps = rows.on(x.device)
             lo, hi = plan.clip
-            now = checks.runs_now(x, m, noise, given)
             run = reverse_step_now if now else torch.ops.ddpm_fast.reverse_step.default
             x_next, x0 = run(
                 *(x, m, table, timesteps, row, steps, seed, None, ids, code, lo, hi),
@@ -154,9 +167,32 @@ class FusedSteps(ForwardProcess):
         if not plan.returns_output:
             x0 = _plus(x if type(c_x) is float and c_x == 1 else x * c_x, c_m, m) * r
         if plan.thresholds:
-            thresholded: Tensor = self._threshold_sample(x0)  # type: ignore[attr-defined]
-            return thresholded
+            return self._thresholded(x0)
         return x0 if plan.clip == NO_CLIP else x0.clamp(*plan.clip)
+
+    def _thresholded(self, x0: Tensor) -> Tensor:
+        """What the scheduler's _threshold_sample makes of x̂₀ (Saharia et al. 2022, section 2.3), to
+        the bit; the stock one is not asked to sort all elements for the sake of the largest."""
+        this: Any = self
+        count = x0[0].numel() if len(x0) else 0
+        ratio = this.config.dynamic_thresholding_ratio
+        if (
+            type(this)._threshold_sample is not this.stock._threshold_sample
+            or not 0.5 <= ratio <= 1
+            or not 0 < count <= _MOST_OF_QUANTILE
+        ):
+            thresholded: Tensor = this._threshold_sample(x0)
+            return thresholded
+        number = np.float64 if x0.dtype == torch.float64 else np.float32
+        position = float(number(ratio) * number(count - 1))  # rounded as torch.quantile rounds
+        below = int(position)
+        largest = x0.flatten(1).abs().topk(count - below, 1).values
+        lower, upper = largest[:, -1], largest[:, -2 if position > below else -1]
+        s = torch.lerp(lower, upper, position - below)
+        s = torch.where(largest[:, 0].isnan(), largest[:, 0], s)
+        s = s.clamp(min=1, max=this.config.sample_max_value)
+        s = s.reshape(-1, *[1] * (x0.ndim - 1))
+        return x0.clamp(-s, s) / s
 
     def _plain(
         self, plan: Plan, numbers: list[Any], x: Tensor, m: Tensor, noise: Tensor | None, code: int
@@ -182,88 +218,6 @@ class FusedSteps(ForwardProcess):
         return _plus(x_next, sigma, noise), x0
 
 
-_UNKNOWN = -1  # a timestep that cannot be read
-
-
-def _read(plan: Plan, timestep: Any, x: Tensor) -> tuple[int, Tensor | None]:
-    """A timestep as a number; or the greatest of several, or _UNKNOWN, and int64 on x's device,
-    0-d or one a sample."""
-    if not isinstance(timestep, Tensor):
-        return checks.as_int("timestep", timestep, plan.last), None
-    if timestep.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"timestep must be int64; got {timestep.dtype}")
-    if timestep.numel() == 1:
-        address = timestep.data_ptr()
-        if plan.first_address <= address < plan.end_address and timestep.dtype is torch.int64:
-            assert plan.timesteps is not None
-            return plan.timesteps[(address - plan.first_address) // 8], None
-        return _UNKNOWN, timestep.reshape(()).to(x.device, torch.int64)
-    if timestep.shape != x.shape[:1]:
-        raise ValueError(
-            f"timestep must be one number or one a sample, {[x.shape[0]]}; got "
-            f"{list(timestep.shape)}"
-        )
-    greatest = _UNKNOWN
-    if timestep.is_cpu:
-        values = timestep.tolist()
-        for t in values:
-            if not 0 <= t < plan.last or not (plan.listed is None or plan.listed[t]):
-                raise _unknown_timestep(plan, t)
-        greatest = max(values, default=0)
-    return greatest, timestep.to(x.device, torch.int64).contiguous()
-
-
-def _unknown_timestep(plan: Plan, t: int) -> ValueError:
-    if not 0 <= t < plan.last:
-        return ValueError(f"timestep must lie in 0 … {plan.last - 1}; got {t}")
-    listed = plan.timesteps or []
-    some = ", ".join(map(str, listed[:3])) + (", …" if len(listed) > 3 else "")
-    return ValueError(f"timestep {t} is not one of the scheduler's {len(listed)}: {some}")
-
-
-def _is_double(m: Tensor, x: Tensor) -> bool:
-    shape = x.shape
-    return len(shape) > 1 and m.shape == (shape[0], 2 * shape[1], *shape[2:])
-
-
-def _mismatch(plan: Plan, m: Tensor, x: Tensor) -> ValueError:
-    if m.device != x.device:
-        return ValueError(f"model_output must be on {x.device}, as sample is; got {m.device}")
-    shape = list(x.shape)
-    doubled = [shape[0], 2 * shape[1], *shape[2:]] if len(shape) > 1 else shape
-    accepted = [shape] if plan.same is not None else []
-    if plan.doubled is not None or plan.takes_root:
-        accepted.append(doubled)
-    return ValueError(
-        f"model_output must have shape {' or '.join(map(str, accepted))}, with a sample of "
-        f"{shape} and this variance_type; got {list(m.shape)}"
-    )
-
-
-def _from_torch(generator: Any, shape: torch.Size, m: Tensor) -> Tensor:
-    """The noise that the stock step draws, of the model output's dtype."""
-    if generator is not None:
-        _check_generator(generator, shape[0], m.device)
-    noise: Tensor = randn_tensor(shape, generator=generator, device=m.device, dtype=m.dtype)
-    return noise
-
-
-def _check_generator(generator: Any, samples: int, device: torch.device) -> None:
-    several = generator if isinstance(generator, list) else [generator]
-    for one in several:
-        if not isinstance(one, torch.Generator):
-            raise TypeError(
-                f"generator must be a torch.Generator or a list of them; got {type(one).__name__}"
-            )
-        if one.device.type not in ("cpu", device.type):
-            raise ValueError(
-                f"the generator is on {one.device} and the sample on {device}; give one on "
-                f"{device} or on the CPU"
-            )
-    if len(several) != 1 and len(several) < samples:
-        raise ValueError(f"generator must be one, or one a sample, {samples}; got {len(several)}")
-
-
 def _is_transformed(x: Tensor, m: Tensor) -> bool:
     """Whether derivatives are asked for, or a transform of torch.func is at work."""
     return (
@@ -273,27 +227,8 @@ def _is_transformed(x: Tensor, m: Tensor) -> bool:
     )
 
 
-def _check_floating(*tensors: Tensor) -> None:
-    for tensor in tensors:
-        if tensor.dtype not in (*checks.FLOAT_DTYPES, torch.float64):
-            raise TypeError(f"sample and model_output must be floating point; got {tensor.dtype}")
-
-
 def _plus(a: Any, number: Any, b: Tensor) -> Tensor:
     """a + number · b."""
     if type(number) is float and isinstance(a, Tensor):
         return torch.add(a, b, alpha=number)
     return torch.addcmul(a, b, number) if isinstance(a, Tensor) else a + number * b
-
-
-def fitted(noise: Tensor, x: Tensor) -> Tensor:
-    """Noise that was given, of x's shape."""
-    if not isinstance(noise, Tensor) or noise.device != x.device:
-        found = noise.device if isinstance(noise, Tensor) else type(noise).__name__
-        raise ValueError(f"variance_noise must be a tensor on {x.device}; got {found}")
-    try:
-        return noise.expand(x.shape)
-    except RuntimeError:
-        raise ValueError(
-            f"variance_noise must have shape {list(x.shape)}; got {list(noise.shape)}"
-        ) from None
