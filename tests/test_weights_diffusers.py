@@ -115,6 +115,20 @@ def test_any_model_there_and_back(options, seed):
     check_there_and_back(options, seed)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"resnet_time_scale_shift": "scale_shift"},  # their middle attention has no norm then
+        {"resnet_time_scale_shift": "scale_shift", "attn_norm_num_groups": 4},
+        {"attn_norm_num_groups": 2},
+        {"downsample_type": "resnet", "upsample_type": "resnet"},
+        {"num_class_embeds": 3, "time_embedding_dim": 10, "norm_eps": 0.1},
+    ],
+)
+def test_some_models_there_and_back(change):
+    check_there_and_back(SMALL | change, 0)
+
+
 @pytest.mark.slow
 @settings(max_examples=500, deadline=None)
 @given(options=unet2d_options(), seed=st.integers(0, 99))
@@ -132,6 +146,7 @@ def test_many_models_there_and_back(options, seed):
         {"num_classes": 5, "null_class": False},
         {"middle": "none"},
         {"middle": "residual", "scale_shift": True},
+        {"scale_shift": True, "middle_norm_groups": 0},
         {"scale_shift": True, "downsample": ("resblock",), "upsample": ("resblock",)},
         {"out_channels": 6, "embedding_channels": 20, "freq_shift": 0, "cosine_first": True},
     ],
@@ -237,6 +252,7 @@ def test_the_256_family():
         ({"class_embed_type": "identity"}, "class_embed_type='identity'"),
         ({"norm_num_groups": None}, "norm_num_groups=None"),
         ({"layers_per_block": [1, 2]}, r"layers_per_block=\[1, 2\]"),
+        ({"attention_head_dim": 0}, "attention_head_dim=0 .* for attention of 16 channels"),
         ({"attention_head_dim": 5}, "attention_head_dim=5 .* for attention of 16 channels"),
         ({"down_block_types": ["SkipDownBlock2D", "DownBlock2D"]}, "down_block_types='SkipDown"),
         ({"up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"]}, "up_block_types='CrossAttn"),
@@ -396,6 +412,8 @@ def test_directories_of_another_kind(tmp_path, small):
         (json.dumps(config | {"_class_name": "VQModel"}), "describes VQModel, not a UNet2DModel"),
         ("[]", "describes None, not a UNet2DModel"),
         (path.read_text()[:50], "is not JSON"),
+        (json.dumps(config | {"block_out_channels": 8}), "config cannot be read: 'int' object is"),
+        (json.dumps(config | {"dropout": None}), "config cannot be read: "),
     ):
         path.write_text(content)
         with pytest.raises(ValueError, match=message):

@@ -106,10 +106,9 @@ def config_of(
     if middle == "residual" and o["add_attention"]:
         middle = "attention"
     head = o["attention_head_dim"]
-    attending = [w for w, ways in zip(channels, zip(down, up, strict=True), strict=True)
-                 if any(attends for attends, _ in ways)]  # fmt: skip
-    for width in attending + [channels[-1]] * (middle == "attention"):
-        if head is not None and width % head:
+    widths = {channels[i] for way in (down, up) for i, (attends, _) in enumerate(way) if attends}
+    for width in sorted(widths | ({channels[-1]} if middle == "attention" else set())):
+        if head is not None and (type(head) is not int or head < 1 or width % head):
             raise _refused("attention_head_dim", head, f" for attention of {width} channels")
     classes = o["num_class_embeds"]
     if classes is not None and null_class:

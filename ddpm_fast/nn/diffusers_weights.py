@@ -31,7 +31,10 @@ def load(cls: type[UNet], source: Any, image_size: int | None, null_class: bool)
         raise TypeError(
             f"from_diffusers takes a {CLASS} or a directory; got {type(source).__qualname__}"
         )
-    config = config_of(options, image_size=image_size, null_class=null_class)
+    try:
+        config = config_of(options, image_size=image_size, null_class=null_class)
+    except TypeError as error:
+        raise ValueError(f"{what}'s config cannot be read: {error}") from error
     tensors = {_RENAMED.sub(_renamed, name): tensor for name, tensor in tensors.items()}
     return build(cls, config, _place, tensors, what)
 

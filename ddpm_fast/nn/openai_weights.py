@@ -50,6 +50,7 @@ _PASSED_OVER = (
     "rescale_learned_sigmas",
     "sigma_small",
 )
+_KINDS = {bool: "true or false", int: "an integer", float: "a number"}
 _MULTIPLES: dict[int, tuple[float, ...]] = {
     512: (0.5, 1, 1, 2, 2, 4, 4),
     256: (1, 1, 2, 2, 4, 4),
@@ -91,12 +92,9 @@ def config_of(options: Mapping[str, Any]) -> UNetConfig:
                 f"OpenAI's option {name}={value!r} is unknown or has no equivalent; there is "
                 f"{', '.join(_DEFAULTS)}"
             )
-        default = _DEFAULTS.get(name)
-        number = isinstance(default, (int, float)) and not isinstance(default, bool)
-        if (isinstance(default, bool) and type(value) is not bool) or (
-            number and (isinstance(value, bool) or not isinstance(value, (int, float)))
-        ):
-            raise _bad(name, value, "it must be " + ("a number" if number else "true or false"))
+        kind = type(_DEFAULTS.get(name))
+        if kind in _KINDS and type(value) is not kind and (kind, type(value)) != (float, int):
+            raise _bad(name, value, f"it must be {_KINDS[kind]}")
     o = {**_DEFAULTS, **options}
     size, base = o["image_size"], o["num_channels"]
     multiples = _numbers("channel_mult", o["channel_mult"], float) or _MULTIPLES.get(size)
