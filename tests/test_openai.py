@@ -29,9 +29,6 @@ def samples_of(diffusion, method="p_sample_loop", model=exact_model, shape=SHAPE
     return getattr(diffusion, method)(model, shape, **options)
 
 
-# The object ---------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", PEERS)
 def test_it_is_the_same_object(name):
     for spacing in (None, "10"):
@@ -76,9 +73,6 @@ def test_inference_mode_first():
     ].sum().backward()
     assert gain.grad is not None
     assert x.grad is not None
-
-
-# Timesteps that a model is told ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rescale", [False, True])
@@ -150,9 +144,6 @@ def test_nothing_is_copied_to_the_device_in_a_step(monkeypatch):
     fast.training_losses(model, images(), T)
 
 
-# Addressed noise -----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("method", LOOPS)
 def test_the_split_into_batches_does_not_matter(method):
     ids = [7, 0, 2**40, 3]
@@ -203,9 +194,6 @@ def test_fewer_steps_are_samplers_own():
     assert [values[0] for _, values in told] == whole[[8, 6, 4, 2, 0]].tolist()
     assert isinstance(sampler.schedule, NoiseSchedule)
     np.testing.assert_allclose(sampler.schedule.alphas_cumprod, diffusion.alphas_cumprod)
-
-
-# What is refused -----------------------------------------------------------------------------
 
 
 def is_refused(diffusion, error, message, **options):

@@ -94,8 +94,6 @@ class AcceleratedDiffusion(Accelerated):
             raise TypeError(f"{method}(): {error}") from None
         return defaults._replace(**given)
 
-    # The model --------------------------------------------------------------------------------
-
     def _wrap_model(self, model: Any) -> Any:
         """As SpacedDiffusion's: tells a model the timesteps that it knows, by a map that stays on
         the device. Called for GaussianDiffusion's too, where it leaves the model as it is."""

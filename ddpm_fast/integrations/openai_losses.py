@@ -93,8 +93,6 @@ class FastLosses(AcceleratedDiffusion):
             "mse": mse,
         }
 
-    # Noise ------------------------------------------------------------------------------------
-
     def _training_noise(
         self, x_start: Tensor, noise: Tensor | None
     ) -> tuple[dict[str, Any], Tensor | None]:
@@ -113,8 +111,6 @@ class FastLosses(AcceleratedDiffusion):
         t = t if isinstance(t, int) else t.long()
         schedule = self._tables.schedule
         return add_noise(x_start, t, schedule, noise=noise, dtype=torch.float32, **address)
-
-    # Terms ------------------------------------------------------------------------------------
 
     def _losses(
         self, output: Tensor, x_start: Tensor, t: Tensor, of: dict[str, Any]

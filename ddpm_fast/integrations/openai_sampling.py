@@ -23,8 +23,6 @@ class FastSampling(AcceleratedDiffusion):
     """In the place of GaussianDiffusion's methods of the same names, which take the same
     arguments: what their docstrings say holds here."""
 
-    # One step ---------------------------------------------------------------------------------
-
     def p_sample(
         self, model: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
@@ -48,8 +46,6 @@ class FastSampling(AcceleratedDiffusion):
             raise ValueError(f"ddim_reverse_sample's path is that of eta = 0; got {choices.eta}")
         steps, model = self._tables.ddim_reverse, self._wrap_model(model)
         return self._along_eps(steps, model, x, t, None, (0, None), choices, draws=False)
-
-    # Whole trajectories -----------------------------------------------------------------------
 
     def p_sample_loop(self, model: Any, shape: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Samples of ``shape``."""

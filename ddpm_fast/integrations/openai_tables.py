@@ -83,8 +83,6 @@ class Tables:
         """How many times x's channels the model returns."""
         return 2 if self.variance.startswith("learned") else 1
 
-    # Numbers of single steps, for what stays plain PyTorch -----------------------------------
-
     def at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
         """A float32 column at each sample's timestep, to meet ``like``'s dimensions."""
         column = self._on_devices.get((name, t.device))
@@ -110,8 +108,6 @@ class Tables:
         share = (v + 1) / 2
         low, high = self.at("log_variance_min", t, x), self.at("log_variance_max", t, x)
         return (share * high + (1 - share) * low).exp()
-
-    # Rows -----------------------------------------------------------------------------------
 
     def _float32(self, name: str) -> Tensor:
         return torch.from_numpy(self._arrays[name]).float()
