@@ -110,6 +110,7 @@ def build(folder: Path, gpu: dict[str, str]) -> Result:
     return {"ok": shown["ok"], "backends": shown["output"].splitlines()}
 
 
+GPU_TESTS = ["tests/test_gpu.py", "tests/test_gpu_integrations.py"]
 # Triton compiles one kernel after the other, for minutes in all: side by side it is one.
 GROUPS = [
     "cuda",
@@ -151,9 +152,9 @@ def merged(results: list[Result]) -> Result:
 
 
 def tests(folder: Path, selection: list[str], seconds: int, under: list[str]) -> Result:
-    """Runs pytest over tests/test_gpu.py and reads its report."""
+    """Runs pytest over the tests for GPUs and reads its report."""
     log = folder / "junit.xml"
-    pytest = [sys.executable, "-m", "pytest", "tests/test_gpu.py", "-q", "--no-header",
+    pytest = [sys.executable, "-m", "pytest", *GPU_TESTS, "-q", "--no-header",
               "-p", "no:cacheprovider", f"--junitxml={log}", *selection]  # fmt: skip
     result = execute([*under, *pytest], seconds)
     if log.exists():

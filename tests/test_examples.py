@@ -7,17 +7,35 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lucidrains_package
 import pytest
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+# Beside a build of torch that torchvision does not fit, the package of lucidrains needs a stand-in.
+WITH_PACKAGE = (
+    "import runpy, sys, lucidrains_package; lucidrains_package.import_package(); "
+    "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+)
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example(path, tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    arguments = [path]
+    if path.stem.startswith("lucidrains"):
+        lucidrains_package.package_or_skip()
+        arguments = ["-c", WITH_PACKAGE, path]
+    if path.stem.startswith("diffusers"):
+        pytest.importorskip("diffusers")
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(ROOT / "tests"),
+    }
     done = subprocess.run(
-        [sys.executable, path], cwd=tmp_path, env=environment, capture_output=True, text=True
+        [sys.executable, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+    assert "cannot be imported" not in done.stdout

@@ -84,7 +84,7 @@ def test_groups_of_tests(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import gpu_check
 
-    collect = [sys.executable, "-m", "pytest", "tests/test_gpu.py", "--collect-only", "-q"]
+    collect = [sys.executable, "-m", "pytest", *gpu_check.GPU_TESTS, "--collect-only", "-q"]
     run = subprocess.run(collect, cwd=ROOT, capture_output=True, text=True)
     names = [line for line in run.stdout.splitlines() if "::" in line]
     assert len(names) > 600
