@@ -11,8 +11,9 @@ import types
 import numpy as np
 import pytest
 import torch
+from openai_diffusion import GaussianDiffusion, LossType, ModelMeanType, ModelVarType
 
-from ddpm_fast import NoiseSchedule, bits_per_dim, randn
+from ddpm_fast import NoiseSchedule, bits_per_dim, randn, reference
 from ddpm_fast.likelihood import _strata
 
 PREDICTIONS = ["epsilon", "sample", "v_prediction"]
@@ -45,90 +46,31 @@ def model_of(prediction="epsilon", variance="fixed_small"):
     return model
 
 
-# improved-diffusion's loop, rewritten from its description --------------------------------------
+def their_loop(model, prediction, variance, x0, noise, clip_denoised):
+    """calc_bpd_loop of improved-diffusion in float64, with the noise of each timestep. It has no v
+    prediction: there the model is told to predict ε by way of v."""
+    diffusion = GaussianDiffusion(
+        betas=np.linspace(1e-4, 0.3, 40),
+        model_mean_type=ModelMeanType.START_X if prediction == "sample" else ModelMeanType.EPSILON,
+        model_var_type=ModelVarType[variance.upper()],
+        loss_type=LossType.KL,
+    )
+    diffusion.coefficients = torch.float64
 
+    def of_v(x, t):
+        v, *rest = model(x, t).split(x.shape[1], 1)
+        return torch.cat([reference.eps_from_v(x, v, t, SCHEDULE), *rest], 1)
 
-class TheirDiffusion:
-    """GaussianDiffusion of improved-diffusion as far as calc_bpd_loop goes, in float64 by numpy."""
-
-    def __init__(self, betas, prediction, variance):
-        self.betas, self.prediction, self.variance = betas, prediction, variance
-        self.bar = np.cumprod(1 - betas)
-        prev = np.append(1.0, self.bar[:-1])
-        self.posterior_variance = betas * (1 - prev) / (1 - self.bar)
-        self.clipped = np.log(np.append(self.posterior_variance[1], self.posterior_variance[1:]))
-        self.coef1 = betas * np.sqrt(prev) / (1 - self.bar)
-        self.coef2 = (1 - prev) * np.sqrt(1 - betas) / (1 - self.bar)
-
-    def p_mean_variance(self, model, x, t, clip_denoised):
-        output = model(torch.from_numpy(x), torch.full((len(x),), t)).numpy()
-        if self.variance in ("learned", "learned_range"):
-            output, values = np.split(output, 2, axis=1)
-            if self.variance == "learned":
-                log_variance = values
-            else:
-                fraction = (values + 1) / 2
-                low, high = self.clipped[t], np.log(self.betas[t])
-                log_variance = fraction * high + (1 - fraction) * low
-        elif self.variance == "fixed_large":
-            large = np.log(np.append(self.posterior_variance[1], self.betas[1:]))
-            log_variance = np.full_like(x, large[t])
-        else:
-            log_variance = np.full_like(x, self.clipped[t])
-        bar = self.bar[t]
-        if self.prediction == "epsilon":
-            start = np.sqrt(1 / bar) * x - np.sqrt(1 / bar - 1) * output
-        elif self.prediction == "sample":
-            start = output
-        else:  # not theirs: progressive distillation's
-            start = np.sqrt(bar) * x - np.sqrt(1 - bar) * output
-        start = start.clip(-1, 1) if clip_denoised else start
-        return self.coef1[t] * start + self.coef2[t] * x, log_variance, start
-
-    @staticmethod
-    def kl(mean1, logvar1, mean2, logvar2):
-        return 0.5 * (
-            -1.0 + logvar2 - logvar1 + np.exp(logvar1 - logvar2)
-            + (mean1 - mean2) ** 2 * np.exp(-logvar2)
-        )  # fmt: skip
-
-    @staticmethod
-    def log_likelihood(x, means, log_scales):
-        def cdf(z):
-            return 0.5 * (1.0 + np.tanh(np.sqrt(2.0 / np.pi) * (z + 0.044715 * z**3)))
-
-        def log(p):
-            return np.log(np.maximum(p, 1e-12))
-
-        plus = cdf(np.exp(-log_scales) * (x - means + 1 / 255))
-        minus = cdf(np.exp(-log_scales) * (x - means - 1 / 255))
-        inner = log(plus - minus)
-        return np.where(x < -0.999, log(plus), np.where(x > 0.999, log(1 - minus), inner))
-
-    def calc_bpd_loop(self, model, x0, noise, clip_denoised):
-        def flat(values):
-            return values.reshape(len(x0), -1).mean(1)
-
-        columns = {"vb": [], "mse": []}
-        for t in range(len(self.betas))[::-1]:
-            bar = self.bar[t]
-            x = np.sqrt(bar) * x0 + np.sqrt(1 - bar) * noise[t]
-            true_mean = self.coef1[t] * x0 + self.coef2[t] * x
-            mean, log_variance, start = self.p_mean_variance(model, x, t, clip_denoised)
-            kl = flat(self.kl(true_mean, self.clipped[t], mean, log_variance)) / np.log(2)
-            nll = -flat(self.log_likelihood(x0, mean, 0.5 * log_variance)) / np.log(2)
-            columns["vb"].append(nll if t == 0 else kl)
-            eps = (np.sqrt(1 / bar) * x - start) / np.sqrt(1 / bar - 1)
-            columns["mse"].append(flat((eps - noise[t]) ** 2))
-        bar = self.bar[-1]
-        prior = flat(self.kl(np.sqrt(bar) * x0, np.log(1 - bar), 0.0, 0.0)) / np.log(2)
-        found = {name: np.stack(values, 1) for name, values in columns.items()}
-        return {"total": found["vb"].sum(1) + prior, "prior": prior, **found}
+    drawn = reversed(noise)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "randn_like", lambda x: next(drawn))
+        used = of_v if prediction == "v_prediction" else model
+        return diffusion.calc_bpd_loop(used, x0, clip_denoised=clip_denoised)
 
 
 def noises(shape, num_steps, seed, ids=None):
     return [
-        randn(shape, seed=seed, sample_ids=ids, stream=4, index=t).double().numpy()
+        randn(shape, seed=seed, sample_ids=ids, stream=4, index=t).double()
         for t in range(num_steps)
     ]
 
@@ -139,16 +81,13 @@ def noises(shape, num_steps, seed, ids=None):
 def test_equals_improved_diffusions_loop(prediction, variance, clip):
     """Both in float64, to 1e-5; the total and each of its parts."""
     model, x0 = model_of(prediction, variance), unit(torch.float64)
-    betas = np.linspace(1e-4, 0.3, 40)
     found = bits_per_dim(
         model, x0, SCHEDULE, prediction=prediction, variance=variance, clip=clip, seed=3, cdf="tanh"
     )
-    theirs = TheirDiffusion(betas, prediction, variance).calc_bpd_loop(
-        model, x0.numpy(), noises(SHAPE, 40, 3), clip is not None
-    )
+    theirs = their_loop(model, prediction, variance, x0, noises(SHAPE, 40, 3), clip is not None)
     assert found.total.dtype == torch.float64
-    np.testing.assert_allclose(found.total, theirs["total"], rtol=0, atol=1e-5)
-    np.testing.assert_allclose(found.prior, theirs["prior"], rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(found.total, theirs["total_bpd"], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(found.prior, theirs["prior_bpd"], rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(
         found.vlb.flip(1)[:, :-1], theirs["vb"][:, :-1], rtol=1e-7, atol=1e-9
     )
