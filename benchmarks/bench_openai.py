@@ -1,0 +1,119 @@
+"""OpenAI's objects accelerated, against the stock code, for which tests/openai_diffusion.py stands
+in, around a model that costs nothing: a step, the training losses with their gradient, and the
+whole of calc_bpd_loop."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+import torch
+from comparison import ours
+from openai_diffusion import peer
+from results import OURS
+
+from ddpm_fast import accelerate, randn
+
+STEPS, KEPT = 1000, 250
+BPD_STEPS, BPD_ROUNDS = 50, 3  # of calc_bpd_loop
+OF = peer("guided")
+
+
+def diffusion_of(variance, loss="RESCALED_MSE", kept=KEPT):
+    return OF.SpacedDiffusion(
+        OF.space_timesteps(STEPS, [kept]),
+        betas=np.linspace(1e-4, 0.02, STEPS),
+        model_mean_type=OF.ModelMeanType.EPSILON,
+        model_var_type=OF.ModelVarType[variance],
+        loss_type=OF.LossType[loss],
+        rescale_timesteps=True,
+    )
+
+
+def model_of(output):
+    return lambda x, t, **kwargs: output
+
+
+def tensors(size, variance, device):
+    """x and what a model says of it."""
+    n, channels, *rest = size
+    halves = 2 if variance.startswith("LEARNED") else 1
+    output = randn((n, halves * channels, *rest), seed=2, device=device).tanh()
+    return randn(size, seed=1, device=device), output
+
+
+@pytest.mark.parametrize("variance", ["LEARNED_RANGE", "FIXED_LARGE"])
+@pytest.mark.parametrize("method", ["p_sample", "ddim_sample"])
+def bench_step(compare, size, method, variance, device):
+    """One call with a timestep for each sample. "torch's noise" draws what the stock code draws."""
+    x, output = tensors(size, variance, device)
+    t = torch.full((size[0],), KEPT // 2, device=device)
+    stock, fast = diffusion_of(variance), accelerate(diffusion_of(variance))
+    torch_noise, model = accelerate(diffusion_of(variance), noise="torch"), model_of(output)
+
+    def check() -> None:
+        few, results = model_of(output[:64]), []
+        for diffusion in (stock, torch_noise):
+            torch.manual_seed(0)
+            results.append(getattr(diffusion, method)(few, x[:64], t[:64]))
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+    candidates = ours(lambda: getattr(fast, method)(model, x, t), device)
+    candidates["OpenAI"] = lambda: getattr(stock, method)(model, x, t)
+    candidates["our kernel, torch's noise"] = lambda: getattr(torch_noise, method)(model, x, t)
+    name = f"OpenAI {method} {variance.lower()}"
+    compare(name, x.numel(), 4 * (3 * x.numel() + output.numel()), candidates, check)
+
+
+@pytest.mark.parametrize("variance", ["LEARNED_RANGE", "FIXED_LARGE"])
+def bench_training_losses(compare, size, variance, device):
+    """Noise, x_t, losses and the gradient of the model's output."""
+    x0, output = tensors(size, variance, device)
+    x0 = x0.clamp(-1, 1)
+    t = torch.arange(size[0], device=device) % (KEPT - 1) + 1  # float32's decoder is another matter
+    stock, fast = diffusion_of(variance), accelerate(diffusion_of(variance))
+
+    def step(diffusion, count=None, noise=None):
+        with torch.inference_mode(False), torch.enable_grad():
+            leaf = output[:count].clone().requires_grad_()
+            terms = diffusion.training_losses(model_of(leaf), x0[:count], t[:count], noise=noise)
+            terms["loss"].mean().backward()
+        return terms["loss"].detach(), leaf.grad
+
+    def check() -> None:
+        noise = randn(x0[:64].shape, seed=3, device=device)
+        found, expected = (step(diffusion, 64, noise) for diffusion in (fast, stock))
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+
+    candidates = ours(lambda: step(fast), device)
+    candidates["OpenAI"] = lambda: step(stock)
+    nbytes = 4 * (2 * x0.numel() + 3 * output.numel())
+    name = f"OpenAI training_losses {variance.lower()}"
+    compare(name, x0.numel(), nbytes, candidates, check)
+
+
+@pytest.mark.parametrize("variance", ["LEARNED_RANGE", "FIXED_LARGE"])
+@pytest.mark.parametrize("batch", [16, 128])
+def bench_calc_bpd_loop(record, batch, variance, device):
+    """Whole loops in turn: theirs takes seconds."""
+    x0, output = tensors((batch, 3, 32, 32), variance, device)
+    x0 = x0.clamp(-1, 1).mul(127.5).round().div(127.5)
+    candidates = {"OpenAI": diffusion_of(variance, kept=BPD_STEPS)}
+    candidates[OURS] = accelerate(diffusion_of(variance, kept=BPD_STEPS), noise="torch")
+    results = []
+    for diffusion in candidates.values():
+        torch.manual_seed(0)
+        found = diffusion.calc_bpd_loop(model_of(output[:16]), x0[:16])
+        results.append({k: v[:, :-1] for k, v in found.items() if v.ndim == 2})
+    torch.testing.assert_close(*results, rtol=1e-2, atol=1e-3)
+    accelerate(candidates[OURS])
+
+    def seconds(diffusion):
+        begin = time.perf_counter()
+        total = diffusion.calc_bpd_loop(model_of(output), x0)["total_bpd"]
+        assert total.sum().item() > 0  # waits for a GPU
+        return time.perf_counter() - begin
+
+    rounds = [{name: seconds(d) for name, d in candidates.items()} for _ in range(BPD_ROUNDS)]
+    record(f"OpenAI calc_bpd_loop {variance.lower()}", BPD_STEPS * x0.numel(), rounds)
