@@ -162,9 +162,9 @@ class GaussianDiffusion:
             between = share * self._at(np.log(self.betas), t, x) + (1 - share) * lowest
             return between, between.exp()
         variance, logarithm = self.posterior_variance, self.posterior_log_variance_clipped
+        large = np.concatenate([variance[1:2], self.betas[1:]])
         if self.model_var_type == ModelVarType.FIXED_LARGE:
-            variance = np.concatenate([variance[1:2], self.betas[1:]])
-            logarithm = np.log(variance)
+            variance, logarithm = large, np.log(large)
         return self._at(logarithm, t, x), self._at(variance, t, x)
 
     def p_mean_variance(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None):
@@ -314,11 +314,10 @@ class GaussianDiffusion:
             vb = self._vb_terms_bpd(lambda *args: held, x_start, x_t, t, False)["output"]
             scale = self.num_timesteps / 1000 if self.loss_type == LossType.RESCALED_MSE else 1
             terms["vb"] = vb * scale
-        target = noise
-        if self.model_mean_type == ModelMeanType.START_X:
-            target = x_start
-        elif self.model_mean_type == ModelMeanType.PREVIOUS_X:
-            target = self.q_posterior_mean_variance(x_start, x_t, t)[0]
+        # Computed for every mean type, as theirs is: benchmarks measure this.
+        previous = self.q_posterior_mean_variance(x_start, x_t, t)[0]
+        targets = {ModelMeanType.START_X: x_start, ModelMeanType.PREVIOUS_X: previous}
+        target = targets.get(self.model_mean_type, noise)
         terms["mse"] = over_dimensions((target - output) ** 2)
         terms["loss"] = terms["mse"] + terms["vb"] if "vb" in terms else terms["mse"]
         return terms
