@@ -6,9 +6,11 @@ import doctest
 import importlib
 import pkgutil
 import re
+import sys
 from pathlib import Path
 
 import lucidrains_package
+import openai_diffusion
 import pytest
 import torch
 
@@ -54,6 +56,9 @@ def test_blocks_run(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if "denoising_diffusion_pytorch" in code:
         lucidrains_package.package_or_skip()
+    if "guided_diffusion" in code:
+        for name, module in openai_diffusion.as_package().items():
+            monkeypatch.setitem(sys.modules, name, module)
     exec(compile(code, "README", "exec"), {})
 
 

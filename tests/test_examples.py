@@ -12,11 +12,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+RUN = "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
 # Beside a build of torch that torchvision does not fit, the package of lucidrains needs a stand-in.
-WITH_PACKAGE = (
-    "import runpy, sys, lucidrains_package; lucidrains_package.import_package(); "
-    "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-)
+WITH_PACKAGE = f"import runpy, sys, lucidrains_package; lucidrains_package.import_package(); {RUN}"
+# No package index has guided_diffusion.
+WITH_OPENAI = f"import runpy, sys, openai_diffusion as o; sys.modules.update(o.as_package()); {RUN}"
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
@@ -25,6 +25,8 @@ def test_example(path, tmp_path):
     if path.stem.startswith("lucidrains"):
         lucidrains_package.package_or_skip()
         arguments = ["-c", WITH_PACKAGE, path]
+    if path.stem.startswith("openai"):
+        arguments = ["-c", WITH_OPENAI, path]
     if path.stem.startswith("diffusers"):
         pytest.importorskip("diffusers")
     environment = {
