@@ -114,6 +114,23 @@ def test_the_last_of_few_trailing_steps_is_noisy():
     assert (one - two).std() > 0.1
 
 
+def test_the_least_variance_is_not_zero():
+    """A learned range begins at log 1e-20 where the previous ᾱ is 1."""
+    config = {"timestep_spacing": "trailing", "variance_type": "learned_range"}
+    stock, fast = pair(DDPMScheduler, 7, **config)
+    t, x, m = stock.timesteps[-1], randn(SHAPE, seed=1), output_of_model(0, doubled=True)
+    check_step(stock, fast, m, t, x)
+    one, two = (fast.step(m, t, x, generator(seed)).prev_sample for seed in (1, 2))
+    assert 0.01 < (one - two).std() < 0.3
+
+
+@pytest.mark.parametrize("eta", [-0.5, 1.2])
+def test_an_eta_out_of_its_range(eta):
+    """No noise where it is negative; NaN where the noise is more than there is room for."""
+    stock, fast = pair(DDIMScheduler, 6, beta_end=0.2)
+    check_trajectory(stock, fast, eta=eta)
+
+
 def test_the_root_of_a_logarithm_is_nan_there_and_here():
     stock, fast = pair(DDPMScheduler, 4, variance_type="fixed_large_log")
     check_trajectory(stock, fast)
@@ -134,6 +151,12 @@ def test_few_training_timesteps(stock, num_train):
     check_trajectory(*pair(stock, num_train, num_train_timesteps=num_train))
 
 
+@pytest.mark.parametrize("stock", BOTH)
+def test_trained_betas_of_another_length_than_the_configs(stock):
+    config = {"trained_betas": [0.001 * i for i in range(1, 81)], "num_train_timesteps": 60}
+    check_trajectory(*pair(stock, 7, **config))
+
+
 def test_without_set_timesteps_ddpm_takes_them_all():
     stock, fast = pair(DDPMScheduler)
     check_trajectory(stock, fast, steps=[999, 998, 500, 1, 0])
@@ -144,6 +167,34 @@ def test_custom_timesteps():
     for scheduler in (stock, fast):
         scheduler.set_timesteps(timesteps=[900, 450, 449, 20, 3])
     check_trajectory(stock, fast)
+
+
+def test_a_list_that_holds_a_timestep_twice():
+    """The stock step goes on from its first place."""
+    stock, fast = pair(DDPMScheduler, 20)
+    for scheduler in (stock, fast):
+        scheduler.timesteps = torch.tensor([900, 500, 300, 500, 100, 900])
+    check_trajectory(stock, fast)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("betas", BETAS)
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_every_step_of_long_ddpm_trajectories(prediction, variance, betas):
+    config = {"prediction_type": prediction, "beta_schedule": betas, "variance_type": variance}
+    check_trajectory(*pair(DDPMScheduler, 1000, **config), doubled=learned(variance))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("betas", BETAS)
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("clipped", [False, True])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_every_step_of_long_ddim_trajectories(prediction, clipped, eta, betas):
+    config = {"prediction_type": prediction, "beta_schedule": betas}
+    arguments = {"eta": eta, "use_clipped_model_output": clipped}
+    check_trajectory(*pair(DDIMScheduler, 1000, **config), **arguments)
 
 
 @pytest.mark.parametrize("use", ["fixed_small", "fixed_small_log", "learned", "learned_range"])

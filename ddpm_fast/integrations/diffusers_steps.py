@@ -28,8 +28,6 @@ from .diffusers_tables import Plan, Rows, plan_of
 from .noise import NoiseSource, fresh_seed
 
 _LEARNED_RANGE, _LEARNED = VARIANCES.index("learned_range"), VARIANCES.index("learned")
-
-
 _MOST_OF_QUANTILE = 1 << 24  # elements that torch.quantile takes
 
 
