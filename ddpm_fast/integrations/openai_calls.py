@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..ops.checks import noise_address
 from .accelerated import Accelerated
 from .openai_tables import Tables
 
@@ -93,6 +94,14 @@ class AcceleratedDiffusion(Accelerated):
         except TypeError as error:
             raise TypeError(f"{method}(): {error}") from None
         return defaults._replace(**given)
+
+    def _address(self, samples: int, device: torch.device) -> tuple[int, Tensor | None]:
+        """Of a trajectory's noise: its seed, and its ids on the device."""
+        if not self.noise_source.is_addressed:
+            return 0, None
+        seed, ids = self.noise_source.of_trajectory()
+        ids = ids.to(device) if isinstance(ids, Tensor) else ids
+        return seed, noise_address(0, ids, samples, device)[2]
 
     def _wrap_model(self, model: Any) -> Any:
         """As SpacedDiffusion's: tells a model the timesteps that it knows, by a map that stays on

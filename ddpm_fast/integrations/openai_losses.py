@@ -11,7 +11,7 @@ from torch import Tensor
 from ..likelihood import STREAM as LIKELIHOOD_STREAM
 from ..ops import add_noise, denoising_loss, randn, vlb_terms
 from ..ops.add_noise import STREAM
-from ..ops.checks import FLOAT_DTYPES, noise_address
+from ..ops.checks import FLOAT_DTYPES
 from ..ops.vlb_terms import hybrid_terms
 from .openai_calls import AcceleratedDiffusion
 
@@ -63,10 +63,8 @@ class FastLosses(AcceleratedDiffusion):
         by_kernels = self._tables.no_bound is None and _served(x_start, None)
         if self._tables.no_bound is not None:
             self._warn(self._tables.no_bound)
-        address: dict[str, Any] = {"seed": 0, "stream": LIKELIHOOD_STREAM}
-        if self.noise_source.is_addressed:
-            address["seed"], ids = self.noise_source.of_trajectory()
-            address["sample_ids"] = noise_address(0, ids, len(x_start), x_start.device)[2]
+        seed, ids = self._address(len(x_start), x_start.device)
+        address: dict[str, Any] = {"seed": seed, "sample_ids": ids, "stream": LIKELIHOOD_STREAM}
         wrapped = self._wrap_model(model)
         terms = []
         with torch.no_grad():

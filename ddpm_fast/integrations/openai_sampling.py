@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..ops import randn
-from ..ops.checks import noise_address
+from ..ops.checks import indexed
 from ..ops.reverse_step_run import STREAM
 from ..progress import bar
 from .noise import Address
@@ -28,14 +28,16 @@ class FastSampling(AcceleratedDiffusion):
     ) -> dict[str, Tensor]:
         """x_{t−1} and x̂₀ by the model's p_θ (Ho et al. 2020, eq. 11)."""
         choices = self._choices("p_sample", args, kwargs)
-        return self._p_step(self._wrap_model(model), x, t, None, self._address(), choices)
+        address = self._address(len(x), x.device)
+        return self._p_step(self._wrap_model(model), x, t, None, address, choices)
 
     def ddim_sample(
         self, model: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
         """x_{t−1} and x̂₀ by DDIM (Song et al. 2021, eq. 12)."""
         choices = self._choices("ddim_sample", args, kwargs)
-        return self._ddim_step(self._wrap_model(model), x, t, None, self._address(), choices)
+        address = self._address(len(x), x.device)
+        return self._ddim_step(self._wrap_model(model), x, t, None, address, choices)
 
     def ddim_reverse_sample(
         self, model: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any
@@ -77,32 +79,25 @@ class FastSampling(AcceleratedDiffusion):
         if not isinstance(shape, (tuple, list)):
             raise TypeError(f"shape must be a tuple or a list; got {type(shape).__name__}")
         device = choices.device
-        if device is None:
-            device = next(model.parameters()).device
-        seed, ids = self._address()
+        device = next(model.parameters()).device if device is None else indexed(device)
+        seed, ids = address = self._address(shape[0], device)
         x = choices.noise
-        if x is not None:
-            ids = noise_address(0, ids, len(x), x.device)[2]
-        elif self.noise_source.is_addressed:
-            ids = noise_address(0, ids, shape[0], torch.device(device))[2]
+        if x is None and self.noise_source.is_addressed:
             x = randn(shape, seed=seed, sample_ids=ids, device=device)
             x = x.to(torch.get_default_dtype())  # torch.randn's
-        else:
+        elif x is None:
             x = torch.randn(*shape, device=device)
         model = self._wrap_model(model)
         with bar(choices.progress, len(self._tables), "sampling", unit="step") as shown:
             for i in reversed(range(len(self._tables))):
                 t = torch.full((shape[0],), i, dtype=torch.int64, device=device)
                 with torch.no_grad():
-                    out = step(model, x, t, i, (seed, ids), choices)
+                    out = step(model, x, t, i, address, choices)
                 shown.update()
                 yield out
                 x = out["sample"]
 
     # Steps of checked arguments: t is int64 [N], at the same as an int where it is one for all
-
-    def _address(self) -> Address:
-        return self.noise_source.of_trajectory() if self.noise_source.is_addressed else (0, None)
 
     def _drawn(self, x: Tensor) -> Tensor | None:
         """z of torch's generator, None where the kernel draws."""
