@@ -39,7 +39,8 @@ def read(plan: Plan, timestep: Any, x: Tensor) -> tuple[int, Tensor | None]:
             if not 0 <= t < plan.last or not (plan.listed is None or plan.listed[t]):
                 raise unknown_timestep(plan, t)
         greatest = max(values, default=0)
-    return greatest, timestep.to(x.device, torch.int64).contiguous()
+    from_host = timestep.is_cpu  # a copy to a device has left the host when it returns
+    return greatest, timestep.to(x.device, torch.int64, non_blocking=from_host).contiguous()
 
 
 def unknown_timestep(plan: Plan, t: int) -> ValueError:

@@ -29,7 +29,7 @@ class FastScheduler(FusedSteps, Accelerated):
 
     mixin: type[FastScheduler]
     stock: type
-    _caches = ("_plan", "_on_host", "_host_timesteps", "_forward", "_seed", "_last_t")
+    _caches = ("_plan", "_on_host", "_host_timesteps", "_forward", "_seed", "_ids", "_last_t")
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in self._caches}

@@ -43,6 +43,7 @@ class FusedSteps(ForwardProcess):
     _plan: Plan | None = None
     _host_timesteps: tuple[Tensor, int, Tensor] | None = None  # on a device, version, on the host
     _seed: int = 0
+    _ids: tuple[Any, Tensor] | None = None  # sample ids as numbers, and where the samples are
     _last_t: int = -1  # where the trajectory stands that _seed was drawn for
 
     def _place_timesteps(self, device: str | torch.device | None) -> None:
@@ -154,8 +155,13 @@ class FusedSteps(ForwardProcess):
         if ids is None:
             return seed, None
         if isinstance(ids, Tensor):
-            ids = ids.to(device)
-        return seed, checks.noise_address(0, ids, samples, device)[2]
+            return seed, checks.noise_address(0, ids.to(device), samples, device)[2]
+        key = tuple(ids), samples, device
+        if self._ids is None or self._ids[0] != key:
+            found = checks.noise_address(0, ids, samples, device)[2]
+            assert found is not None
+            self._ids = key, found
+        return seed, self._ids[1]
 
     def _x0(self, plan: Plan, numbers: list[Any], x: Tensor, m: Tensor) -> Tensor:
         """x̂₀ of the model's mean channels, clipped or thresholded."""

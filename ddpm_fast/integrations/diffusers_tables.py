@@ -283,7 +283,7 @@ def _ddpm_rows(plan: Plan, alphas: Tensor, one: Tensor, config: Any, use: str) -
         ]
     )
     # One that lies on a device is not read: it shows by NaN that the list does not hold it.
-    rows.exact[(plan.previous == _UNLISTED).flip(0)] = torch.nan
+    rows.exact.masked_fill_((plan.previous == _UNLISTED).flip(0)[:, None], torch.nan)
     return rows
 
 
