@@ -43,7 +43,8 @@ class ForwardProcess:
         self, first: Tensor, second: Tensor, sample: Tensor, timesteps: Tensor, negate: bool
     ) -> Tensor | None:
         """√ᾱ_t first ± √(1−ᾱ_t) second, weights in the sample's dtype as the stock code has them;
-        None where that takes more than the kernel does."""
+        None where that takes more than the kernel does, or where derivatives are asked for: an op's
+        backward in Python takes longer than the whole of the stock formula."""
         if torch.compiler.is_compiling():
             return None  # inductor fuses the stock formula
         device = sample.device
@@ -56,7 +57,7 @@ class ForwardProcess:
             or first.dtype not in checks.FLOAT_DTYPES
             or second.dtype not in checks.FLOAT_DTYPES
             or first.device != second.device
-            or (second.requires_grad and torch.is_grad_enabled())
+            or (torch.is_grad_enabled() and (first.requires_grad or second.requires_grad))
             or not len(shape)
             or not isinstance(timesteps, Tensor)
             or timesteps.ndim > 1
