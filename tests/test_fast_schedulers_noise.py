@@ -166,6 +166,32 @@ def test_without_a_seed_every_trajectory_has_its_own_from_torch(stock):
     assert len(set(each)) == 3  # several timesteps belong to several trajectories
 
 
+@pytest.mark.parametrize("stock", BOTH)
+def test_set_timesteps_begins_a_trajectory_wherever_it_starts(stock):
+    _, fast = pair(stock, 4)
+    fast.step(M, 750, X, **noisy(fast))
+    before = fast._seed
+    fast.step(M, 500, X, **noisy(fast))
+    assert fast._seed == before
+    fast.set_timesteps(4)
+    fast.step(M, 250, X, **noisy(fast))  # as from an image, further down
+    assert fast._seed != before
+
+
+def test_sample_ids_may_change_in_place():
+    _, fast = pair(DDPMScheduler)
+    ids = [1, 2]
+    fast.set_noise(seed=3, sample_ids=ids)
+    first = fast.step(M, 500, X).prev_sample
+    assert torch.equal(fast.step(M, 500, X).prev_sample, first)
+    ids[1] = 9
+    second = fast.step(M, 500, X).prev_sample
+    assert torch.equal(second[0], first[0])
+    assert not torch.equal(second[1], first[1])
+    with pytest.raises(ValueError, match="sample_ids"):
+        fast.step(M[:1], 500, X[:1])
+
+
 def test_the_seed_is_drawn_where_it_is_needed_and_no_earlier():
     _, fast = pair(DDIMScheduler, 4)
     torch.manual_seed(0)
