@@ -114,7 +114,7 @@ def test_strangers_are_told_what_is_known(stranger):
     for call in (ddpm_fast.accelerate, Sampler.from_pipeline):
         with pytest.raises(TypeError, match="it knows") as raised:
             call(stranger)
-        for known in ("DDPMPipeline", "DDIMPipeline", "lucidrains", "SpacedDiffusion"):
+        for known in ("DDPMPipeline", "DDIMPipeline", "denoising-diffusion", "SpacedDiffusion"):
             assert known in str(raised.value)
     assert not hasattr(stranger, "noise_source")
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import reverse_step
 from .lucidrains_tables import ddim_times
 from .lucidrains_training import FLOAT64, UNUSED, FastTraining, drawn
 from .noise import Address
@@ -132,15 +131,12 @@ class FastDiffusion(FastTraining):
             x = x.to(dtype)
         if dtype == torch.float64:
             self._tables.warn_once(FLOAT64)
-        elif not wants_x_start:
-            seed, ids = address
-            row = len(steps) - 1 - t
-            step = reverse_step(
-                x, output, steps.table, row, seed=seed, sample_ids=ids, clip=_CLIP, noise=noise
-            )
-            return step, None  # type: ignore[return-value]
-        img, x_start = steps.take(x, output, t, address, clip=_CLIP, noise=noise)
-        return img, x_start.to(output.dtype) if self.objective == "pred_x0" else x_start
+        img, x_start = steps.take(
+            x, output, t, address, clip=_CLIP, noise=noise, return_x0=wants_x_start
+        )
+        if self.objective == "pred_x0" and x_start is not None:
+            x_start = x_start.to(output.dtype)
+        return img, x_start
 
     def _initial(self, shape: Sequence[int], address: Address) -> Tensor:
         if not self.noise_source.is_addressed:

@@ -52,7 +52,7 @@ class FastSampling(AcceleratedDiffusion):
     def p_sample_loop(self, model: Any, shape: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Samples of ``shape``."""
         choices = self._choices("p_sample_loop", args, kwargs)
-        return _last(self._trajectory(self._p_step, model, shape, choices))
+        return _last(self._trajectory(self._p_step, model, shape, choices, samples_only=True))
 
     def p_sample_loop_progressive(
         self, model: Any, shape: Any, *args: Any, **kwargs: Any
@@ -64,7 +64,7 @@ class FastSampling(AcceleratedDiffusion):
     def ddim_sample_loop(self, model: Any, shape: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Samples of ``shape``."""
         choices = self._choices("ddim_sample_loop", args, kwargs)
-        return _last(self._trajectory(self._ddim_step, model, shape, choices))
+        return _last(self._trajectory(self._ddim_step, model, shape, choices, samples_only=True))
 
     def ddim_sample_loop_progressive(
         self, model: Any, shape: Any, *args: Any, **kwargs: Any
@@ -74,7 +74,7 @@ class FastSampling(AcceleratedDiffusion):
         return self._trajectory(self._ddim_step, model, shape, choices)
 
     def _trajectory(
-        self, step: Step, model: Any, shape: Any, choices: Choices
+        self, step: Step, model: Any, shape: Any, choices: Choices, samples_only: bool = False
     ) -> Iterator[dict[str, Tensor]]:
         if not isinstance(shape, (tuple, list)):
             raise TypeError(f"shape must be a tuple or a list; got {type(shape).__name__}")
@@ -111,6 +111,7 @@ class FastSampling(AcceleratedDiffusion):
         at: int | None,
         address: Address,
         choices: Choices,
+        return_x0: bool = True,
     ) -> dict[str, Tensor]:
         cond_fn, tables = choices.cond_fn, self._tables
         if cond_fn is not None and not self._adds_to_the_mean(x):
@@ -129,6 +130,7 @@ class FastSampling(AcceleratedDiffusion):
             clip=choices.clip,
             noise=noise,
             x0=x0 if x0 is None else x0.to(state.dtype),
+            return_x0=return_x0,
         )
         if cond_fn is not None:
             # The mean's own term for cond_fn is added to it; so it may be to the sample.
@@ -173,11 +175,12 @@ class FastSampling(AcceleratedDiffusion):
         at: int | None,
         address: Address,
         choices: Choices,
+        return_x0: bool = True,
     ) -> dict[str, Tensor]:
         def steps(from_x0: bool) -> Steps:
             return self._tables.ddim(choices.eta, from_x0)
 
-        return self._along_eps(steps, model, x, t, at, address, choices, draws=True)
+        return self._along_eps(steps, model, x, t, at, address, choices, True, return_x0)
 
     def _along_eps(
         self,
@@ -189,6 +192,7 @@ class FastSampling(AcceleratedDiffusion):
         address: Address,
         choices: Choices,
         draws: bool,
+        return_x0: bool = True,
     ) -> dict[str, Tensor]:
         """A step that rederives ε from x̂₀."""
         state, x0, clip = x if x.dtype == torch.float64 else x.float(), None, choices.clip
@@ -210,6 +214,7 @@ class FastSampling(AcceleratedDiffusion):
             clip=clip,
             noise=self._drawn(x) if draws else None,
             x0=x0 if x0 is None else x0.to(state.dtype),
+            return_x0=return_x0,
         )
         return {"sample": sample, "pred_xstart": x0_hat}
 
