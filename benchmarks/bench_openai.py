@@ -16,7 +16,7 @@ from results import OURS
 from ddpm_fast import accelerate, randn
 
 STEPS, KEPT = 1000, 250
-BPD_STEPS, BPD_ROUNDS = 50, 3  # of calc_bpd_loop
+BPD_STEPS, BPD_ROUNDS = 250, 3  # of calc_bpd_loop
 OF = peer("guided")
 
 

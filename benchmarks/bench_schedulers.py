@@ -15,7 +15,7 @@ from diffusers import DDIMScheduler, DDPMScheduler  # noqa: E402
 from results import OURS  # noqa: E402
 
 from ddpm_fast import randn  # noqa: E402
-from ddpm_fast.integrations.diffusers_schedulers import (  # noqa: E402
+from ddpm_fast.integrations.diffusers.schedulers import (  # noqa: E402
     FastDDIMScheduler,
     FastDDPMScheduler,
 )

@@ -14,7 +14,7 @@ import sys
 import torch
 from diffusers import DDPMPipeline, UNet2DModel
 
-from ddpm_fast.integrations.diffusers_schedulers import FastDDPMScheduler
+from ddpm_fast.integrations.diffusers import FastDDPMScheduler
 
 
 def images(count: int) -> torch.Tensor:

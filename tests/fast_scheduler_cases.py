@@ -11,7 +11,7 @@ from diffusers.schedulers import scheduling_ddpm
 from helpers import ulp
 
 from ddpm_fast import randn
-from ddpm_fast.integrations.diffusers_schedulers import FastDDIMScheduler, FastDDPMScheduler
+from ddpm_fast.integrations.diffusers.schedulers import FastDDIMScheduler, FastDDPMScheduler
 
 FAST = {DDPMScheduler: FastDDPMScheduler, DDIMScheduler: FastDDIMScheduler}
 BOTH = [DDPMScheduler, DDIMScheduler]

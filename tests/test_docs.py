@@ -41,25 +41,28 @@ def test_public_names_are_documented(name):
     assert (documented.__doc__ or "").strip()
 
 
-def python_blocks() -> list[tuple[str, str]]:
-    blocks = []
+def sections() -> list[tuple[str, list[str]]]:
+    """The blocks of Python under each second-level heading: they are read one after the other."""
+    found = []
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
-        for i, code in enumerate(re.findall(r"```python\n(.*?)```", path.read_text(), re.S)):
-            blocks.append((f"{path.name}-{i}", code))
-    return blocks
+        for section in re.split(r"^## ", path.read_text(), flags=re.M):
+            blocks = re.findall(r"```python\n(.*?)```", section, re.S)
+            if blocks:
+                found.append((f"{path.name}-{section.splitlines()[0]}", blocks))
+    return found
 
 
-@pytest.mark.parametrize(
-    "code", [c for _, c in python_blocks()], ids=[n for n, _ in python_blocks()]
-)
-def test_blocks_run(code, tmp_path, monkeypatch):
+@pytest.mark.parametrize("blocks", [b for _, b in sections()], ids=[n for n, _ in sections()])
+def test_blocks_run(blocks, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    if "denoising_diffusion_pytorch" in code:
-        lucidrains_package.package_or_skip()
-    if "guided_diffusion" in code:
-        for name, module in openai_diffusion.as_package().items():
-            monkeypatch.setitem(sys.modules, name, module)
-    exec(compile(code, "README", "exec"), {})
+    names: dict[str, object] = {}
+    for code in blocks:
+        if "denoising_diffusion_pytorch" in code:
+            lucidrains_package.package_or_skip()
+        if "guided_diffusion" in code:
+            for name, module in openai_diffusion.as_package().items():
+                monkeypatch.setitem(sys.modules, name, module)
+        exec(compile(code, "README", "exec"), names)
 
 
 def test_excerpts_stand_in_their_files():

@@ -52,7 +52,7 @@ class Fixed(torch.Generator):
 
 @pytest.fixture(autouse=True)
 def fixed_noise(monkeypatch):
-    module = import_module("ddpm_fast.integrations.diffusers_arguments")
+    module = import_module("ddpm_fast.integrations.diffusers.arguments")
     real = module.randn_tensor
 
     def drawn(shape, generator=None, **arguments):

@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler, DDPMScheduler  # noqa: E402
 from fast_scheduler_cases import BOTH, SHAPE, generator, output_of_model, pair  # noqa: E402
 
 from ddpm_fast import randn  # noqa: E402
-from ddpm_fast.integrations import diffusers_forward  # noqa: E402
+from ddpm_fast.integrations.diffusers import forward as forward_process  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -25,13 +25,13 @@ T = torch.tensor([999, 3])
 def fused(monkeypatch):
     """How often the kernel has been called."""
     calls = []
-    real = diffusers_forward.add_noise_now
+    real = forward_process.add_noise_now
 
     def counted(*arguments):
         calls.append(arguments)
         return real(*arguments)
 
-    monkeypatch.setattr(diffusers_forward, "add_noise_now", counted)
+    monkeypatch.setattr(forward_process, "add_noise_now", counted)
     return calls
 
 

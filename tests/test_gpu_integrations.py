@@ -100,7 +100,7 @@ def test_no_step_of_openais_waits(on):
 
 def schedulers():
     module = pytest.importorskip("diffusers") and pytest.importorskip(
-        "ddpm_fast.integrations.diffusers_schedulers"
+        "ddpm_fast.integrations.diffusers.schedulers"
     )
     return module.FastDDPMScheduler(variance_type="fixed_large"), module.FastDDIMScheduler()
 

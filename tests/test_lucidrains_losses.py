@@ -294,7 +294,7 @@ def test_unseeded_losses_differ_and_follow_torch_s_seed():
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_addressed_noise_is_never_stored(objective, monkeypatch):
     fast = accelerate(stock_diffusion(package, objective=objective))
-    training = import_module("ddpm_fast.integrations.lucidrains_training")
+    training = import_module("ddpm_fast.integrations.lucidrains.training")
 
     def refuse(*args, **kwargs):
         raise AssertionError("noise of the images' size")

@@ -8,8 +8,8 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ..ops import checks
-from .diffusers_tables import Plan
+from ...ops import checks
+from .tables import Plan
 
 UNKNOWN = -1  # a timestep that cannot be read
 

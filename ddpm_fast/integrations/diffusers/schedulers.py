@@ -13,11 +13,11 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from torch import Tensor
 
-from .accelerated import Accelerated, accelerated_class, stands_for
-from .diffusers import check_library
-from .diffusers_arguments import fitted
-from .diffusers_steps import FusedSteps
-from .diffusers_tables import ddim_rows
+from ..accelerated import Accelerated, accelerated_class, stands_for
+from . import check_library
+from .arguments import fitted
+from .steps import FusedSteps
+from .tables import ddim_rows
 
 check_library()
 
@@ -49,7 +49,7 @@ class FastDDPMScheduler(FastScheduler, DDPMScheduler):
     addressed noise of a seed that is new for every trajectory. Beside a number, ``timestep`` may be
     int64 [N], one a sample. It saves as the stock class, and what that saved loads here.
 
-    >>> from ddpm_fast.integrations.diffusers_schedulers import FastDDPMScheduler
+    >>> from ddpm_fast.integrations.diffusers import FastDDPMScheduler
     >>> scheduler = FastDDPMScheduler(variance_type="fixed_large")
     >>> scheduler.set_noise(seed=7)
     >>> x = torch.zeros(2, 3, 8, 8)
@@ -110,7 +110,7 @@ class FastDDPMScheduler(FastScheduler, DDPMScheduler):
 class FastDDIMScheduler(FastScheduler, DDIMScheduler):
     """DDIMScheduler, each step one kernel: Song et al. 2021, eq. 12. See FastDDPMScheduler.
 
-    >>> from ddpm_fast.integrations.diffusers_schedulers import FastDDIMScheduler
+    >>> from ddpm_fast.integrations.diffusers import FastDDIMScheduler
     >>> scheduler = FastDDIMScheduler()
     >>> scheduler.set_timesteps(50)
     >>> x = torch.zeros(2, 3, 8, 8)

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.checks import FLOAT_DTYPES
-from ..schedule import NoiseSchedule
-from .accelerated import accelerate_object
-from .noise import NoiseSource
+from ...ops.checks import FLOAT_DTYPES
+from ...schedule import NoiseSchedule
+from ..accelerated import accelerate_object
+from ..noise import NoiseSource
 
 if TYPE_CHECKING:
-    from .diffusers_schedulers import FastDDIMScheduler as FastDDIMScheduler
-    from .diffusers_schedulers import FastDDPMScheduler as FastDDPMScheduler
+    from .schedulers import FastDDIMScheduler as FastDDIMScheduler
+    from .schedulers import FastDDPMScheduler as FastDDPMScheduler
 
 _VERSIONS = "0.40 to 0.42"
 KNOWN = (
@@ -60,9 +60,9 @@ _CONFIGS = {
 
 def __getattr__(name: str) -> Any:
     if name in ("FastDDPMScheduler", "FastDDIMScheduler"):
-        from . import diffusers_schedulers
+        from . import schedulers
 
-        return getattr(diffusers_schedulers, name)
+        return getattr(schedulers, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -127,7 +127,7 @@ def accelerate(
 
 
 def _mixin() -> Any:
-    from .diffusers_schedulers import FastScheduler
+    from .schedulers import FastScheduler
 
     return FastScheduler
 

@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..loss import OFFSET_STREAM
-from ..ops import add_noise, randn
-from ..ops.add_noise import STREAM
-from ..ops.checks import FLOAT_DTYPES
-from .accelerated import Accelerated
-from .lucidrains_tables import PREDICTIONS, Tables
-from .noise import Address
-from .regression import regression_loss
+from ...loss import OFFSET_STREAM
+from ...ops import add_noise, randn
+from ...ops.add_noise import STREAM
+from ...ops.checks import FLOAT_DTYPES
+from ..accelerated import Accelerated
+from ..noise import Address
+from ..regression import regression_loss
+from .tables import PREDICTIONS, Tables
 
 UNUSED: Address = (0, None)  # where torch draws
 FLOAT64 = "its tensors are float64, which the kernels do not take"

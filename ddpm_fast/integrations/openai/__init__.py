@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..schedule import NoiseSchedule
-from .accelerated import accelerate_object
-from .noise import NoiseSource
-from .openai_calls import STOCK_NAMES, Choices, model_timesteps, stock_method
-from .openai_losses import FastLosses
-from .openai_sampling import FastSampling
-from .openai_tables import Tables
+from ...schedule import NoiseSchedule
+from ..accelerated import accelerate_object
+from ..noise import NoiseSource
+from .calls import STOCK_NAMES, Choices, model_timesteps, stock_method
+from .losses import FastLosses
+from .sampling import FastSampling
+from .tables import Tables
 
 KNOWN = "improved-diffusion's and guided-diffusion's GaussianDiffusion and SpacedDiffusion"
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.reverse_step import NO_CLIP
-from ..ops.reverse_step_run import VARIANCES
-from ..schedule import ModelVariance
+from ...ops.reverse_step import NO_CLIP
+from ...ops.reverse_step_run import VARIANCES
+from ...schedule import ModelVariance
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 _LEARNED = ("learned", "learned_range")

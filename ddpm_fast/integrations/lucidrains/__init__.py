@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from ..schedule import NoiseSchedule, integer
-from .accelerated import accelerate_object
-from .lucidrains_diffusion import FastDiffusion
-from .lucidrains_tables import BUFFERS, PREDICTIONS, Tables, ddim_times
-from .noise import NoiseSource
+from ...schedule import NoiseSchedule, integer
+from ..accelerated import accelerate_object
+from ..noise import NoiseSource
+from .diffusion import FastDiffusion
+from .tables import BUFFERS, PREDICTIONS, Tables, ddim_times
 
 KNOWN = "denoising-diffusion-pytorch's GaussianDiffusion (2.3)"
 

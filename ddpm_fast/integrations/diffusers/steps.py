@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..ops import checks
-from ..ops.randn import randn
-from ..ops.reverse_step import NO_CLIP
-from ..ops.reverse_step import _reverse_step as reverse_step_now
-from ..ops.reverse_step_run import STREAM, VARIANCES
-from .diffusers_arguments import (
+from ...ops import checks
+from ...ops.randn import randn
+from ...ops.reverse_step import NO_CLIP
+from ...ops.reverse_step import _reverse_step as reverse_step_now
+from ...ops.reverse_step_run import STREAM, VARIANCES
+from ..noise import NoiseSource, fresh_seed
+from .arguments import (
     UNKNOWN,
     check_floating,
     from_torch,
@@ -23,9 +24,8 @@ from .diffusers_arguments import (
     read,
     unknown_timestep,
 )
-from .diffusers_forward import ForwardProcess
-from .diffusers_tables import Plan, Rows, plan_of
-from .noise import NoiseSource, fresh_seed
+from .forward import ForwardProcess
+from .tables import Plan, Rows, plan_of
 
 _LEARNED_RANGE, _LEARNED = VARIANCES.index("learned_range"), VARIANCES.index("learned")
 _MOST_OF_QUANTILE = 1 << 24  # elements that torch.quantile takes

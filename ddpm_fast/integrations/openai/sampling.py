@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import randn
-from ..ops.checks import indexed
-from ..ops.reverse_step_run import STREAM
-from ..progress import bar
-from .noise import Address
-from .openai_calls import STOCK_NAMES, AcceleratedDiffusion, Choices
-from .steps import Steps
+from ...ops import randn
+from ...ops.checks import indexed
+from ...ops.reverse_step_run import STREAM
+from ...progress import bar
+from ..noise import Address
+from ..steps import Steps
+from .calls import STOCK_NAMES, AcceleratedDiffusion, Choices
 
 Step = Callable[..., dict[str, Tensor]]
 

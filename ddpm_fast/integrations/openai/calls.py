@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops.checks import noise_address
-from .accelerated import Accelerated
-from .openai_tables import Tables
+from ...ops.checks import noise_address
+from ..accelerated import Accelerated
+from .tables import Tables
 
 STOCK_NAMES = ("GaussianDiffusion", "SpacedDiffusion")
 _WRAPPER_ATTRIBUTES = {"model", "timestep_map", "rescale_timesteps", "original_num_steps"}

@@ -1,6 +1,6 @@
 """What stands before lucidrains' GaussianDiffusion once it is accelerated: sampling.
 
-Algorithm 2 of Ho et al. 2020 and eq. 12 of Song et al. 2021, by the tables of lucidrains_tables.py.
+Algorithm 2 of Ho et al. 2020 and eq. 12 of Song et al. 2021, by the tables of tables.py.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .lucidrains_tables import ddim_times
-from .lucidrains_training import FLOAT64, UNUSED, FastTraining, drawn
-from .noise import Address
-from .steps import Steps
+from ..noise import Address
+from ..steps import Steps
+from .tables import ddim_times
+from .training import FLOAT64, UNUSED, FastTraining, drawn
 
 _CLIP = (-1.0, 1.0)
 

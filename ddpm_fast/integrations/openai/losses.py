@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..likelihood import STREAM as LIKELIHOOD_STREAM
-from ..ops import add_noise, denoising_loss, randn, vlb_terms
-from ..ops.add_noise import STREAM
-from ..ops.checks import FLOAT_DTYPES
-from ..ops.vlb_terms import hybrid_terms
-from .openai_calls import AcceleratedDiffusion
+from ...likelihood import STREAM as LIKELIHOOD_STREAM
+from ...ops import add_noise, denoising_loss, randn, vlb_terms
+from ...ops.add_noise import STREAM
+from ...ops.checks import FLOAT_DTYPES
+from ...ops.vlb_terms import hybrid_terms
+from .calls import AcceleratedDiffusion
 
 
 class FastLosses(AcceleratedDiffusion):

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import vlb_table
-from ..schedule import NoiseSchedule, Prediction, Variance
-from .steps import Steps
+from ... import vlb_table
+from ...schedule import NoiseSchedule, Prediction, Variance
+from ..steps import Steps
 
 # Members of their enumerations, by name: every copy of the code has its own.
 PREDICTIONS: dict[str, Prediction | None] = {

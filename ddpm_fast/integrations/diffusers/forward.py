@@ -7,9 +7,9 @@ import warnings
 import torch
 from torch import Tensor
 
-from ..backends import _chosen, select
-from ..ops import checks
-from ..ops.add_noise import _add_noise as add_noise_now
+from ...backends import _chosen, select
+from ...ops import checks
+from ...ops.add_noise import _add_noise as add_noise_now
 
 _Tables = tuple[Tensor, int, Tensor]  # ᾱ on a device, its version, the same on the host
 _Weights = tuple[Tensor, int, dict[tuple[torch.dtype, bool], Tensor]]

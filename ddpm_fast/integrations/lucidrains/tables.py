@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..schedule import Prediction
-from .forward import ForwardWeights
-from .steps import Steps
+from ...schedule import Prediction
+from ..forward import ForwardWeights
+from ..steps import Steps
 
 PREDICTIONS: dict[str, Prediction] = {
     "pred_noise": "epsilon",
