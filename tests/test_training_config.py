@@ -38,6 +38,7 @@ def test_the_papers_recipes():
     assert (improved.schedule.name, improved.schedule.num_steps) == ("cosine", 4000)
     assert (improved.unet.num_res_blocks, improved.unet.out_channels) == (3, 6)
     assert improved.optimizer.learning_rate == 1e-4
+    assert sum(p.numel() for p in UNet(improved.unet).parameters()) == 52_546_438
     large = completed(merged(DATA, preset("image-256")), (3, 256, 256), None)
     assert large.unet.channels == (128, 128, 256, 256, 512, 512)
     assert large.unet.attention_resolutions == (16,)
