@@ -24,7 +24,7 @@ def load(cls: type[UNet], source: Any, image_size: int | None, null_class: bool)
     """:meth:`UNet.from_diffusers`."""
     what: object = f"the {CLASS}"
     if any(base.__name__ == CLASS for base in type(source).__mro__):
-        options, tensors = dict(source.config), source.state_dict()
+        options, tensors = dict(source.config), _tensors(source)
     elif isinstance(source, str) or hasattr(source, "__fspath__"):
         options, tensors, what = _read(Path(source))
     else:
@@ -37,6 +37,35 @@ def load(cls: type[UNet], source: Any, image_size: int | None, null_class: bool)
         raise ValueError(f"{what}'s config cannot be read: {error}") from error
     tensors = {_RENAMED.sub(_renamed, name): tensor for name, tensor in tensors.items()}
     return build(cls, config, _place, tensors, what)
+
+
+def _tensors(model: Any) -> dict[str, Tensor]:
+    """The weights of a module, which it has to hold itself.
+
+    Raises:
+        ValueError: they are elsewhere, by accelerate's or diffusers' offloading.
+    """
+    tensors: dict[str, Tensor] = model.state_dict()
+    modules = list(model.modules())
+    if any(tensor.is_meta for tensor in tensors.values()):
+        if any(hasattr(module, "_hf_hook") for module in modules):
+            raise ValueError(
+                f"the {CLASS}'s weights are offloaded (they are on the meta device): remove the "
+                "hooks first, by pipeline.remove_all_hooks() or by "
+                "accelerate.hooks.remove_hook_from_module(unet, recurse=True)"
+            )
+        raise ValueError(f"the {CLASS}'s weights have no values, on the meta device")
+    for module in modules:
+        # Their parameters keep device and shape, and hold whatever was in memory.
+        hooks = getattr(module, "_diffusers_hook", None)
+        hook = hooks and hooks.get_hook("group_offloading")
+        folder = getattr(getattr(hook, "config", None), "offload_to_disk_path", None)
+        if folder is not None:
+            raise ValueError(
+                f"the {CLASS}'s weights are in files of {folder}: load the model again, without "
+                "group offloading to a disk"
+            )
+    return tensors
 
 
 def export(model: UNet) -> Any:

@@ -171,7 +171,8 @@ class UNet(nn.Module):
             FileNotFoundError: no such directory or file.
             TypeError: an object of another class.
             ValueError: an option that this UNet has no equivalent of, by name; a file that is cut
-                short; tensors that are missing, unknown or of another shape.
+                short; tensors that are missing, unknown or of another shape; weights that are
+                offloaded.
 
         >>> model = UNet(UNetConfig(image_size=8, channels=(32,), attention_resolutions=(8,)))
         >>> again = UNet.from_diffusers(model.to_diffusers())
