@@ -81,3 +81,16 @@ def test_traced(use):
 def test_needs_a_learned_variance():
     with pytest.raises(ValueError, match="'learned' or 'learned_range'; got 'fixed_small'"):
         hybrid_terms(randn(SHAPE, seed=0), X0, 0, SCHEDULE, variance="fixed_small", seed=0)
+
+
+@pytest.mark.parametrize("which", ["loss", "bound", "hybrid"])
+def test_a_second_derivative_is_refused(which):
+    """Also where the gradient that comes in is a constant, which torch itself lets pass."""
+    m = model_output()
+    loss = {
+        "loss": lambda: denoising_loss(m[:, :3], T, SCHEDULE, seed=5),
+        "bound": lambda: vlb_terms(m, X0, T, SCHEDULE, **BOUND),
+        "hybrid": lambda: hybrid_terms(m, X0, T, SCHEDULE, **BOUND)[0],
+    }[which]().mean()
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(loss, m, create_graph=True)

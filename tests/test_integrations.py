@@ -38,7 +38,7 @@ class Doubling(Accelerated):
 def test_unset_seeds_come_from_torchs_generator():
     source = NoiseSource()
     torch.manual_seed(3)
-    seeds = [source.of_trajectory()[0] for _ in range(3)]
+    seeds = [source.of_trajectory(CPU)[0] for _ in range(3)]
     torch.manual_seed(3)
     assert [source.of_training(4, CPU)[0] for _ in range(3)] == seeds
     assert len(set(seeds)) == 3
@@ -47,7 +47,9 @@ def test_unset_seeds_come_from_torchs_generator():
 
 def test_a_seed_repeats_trajectories_and_never_training():
     source = NoiseSource(seed=7, sample_ids=[5, 6], consumed=10)
-    assert source.of_trajectory() == source.of_trajectory() == (7, [5, 6])
+    for _ in range(2):
+        seed, ids = source.of_trajectory(CPU)
+        assert (seed, ids.tolist()) == (7, [5, 6])
     ids = [source.of_training(n, CPU)[1].tolist() for n in (2, 3)]
     assert ids == [[10, 11], [12, 13, 14]]
     assert source.consumed == 15
@@ -55,12 +57,14 @@ def test_a_seed_repeats_trajectories_and_never_training():
 
 def test_processes_take_ids_of_their_own(monkeypatch):
     taken = []
-    for rank in range(3):
+    for rank, batches in enumerate([(4, 4), (2, 4), (4, 1)]):
         monkeypatch.setattr("ddpm_fast.integrations.noise.processes", lambda rank=rank: (rank, 3))
         source = NoiseSource(seed=7)
-        for _ in range(2):
-            taken += source.of_training(4, CPU)[1].tolist()
-    assert sorted(taken) == list(range(24))
+        for samples in batches:
+            taken += source.of_training(samples, CPU)[1].tolist()
+        assert source.consumed == 3 * sum(batches)
+    assert len(taken) == len(set(taken)) == 19
+    assert max(taken) < 24
 
 
 @pytest.mark.parametrize(
@@ -71,6 +75,13 @@ def test_processes_take_ids_of_their_own(monkeypatch):
         (("addressed", 1 << 64), ValueError, "seed must lie in 0"),
         (("addressed", 1.5), TypeError, "seed must be an integer"),
         (("addressed", 0, None, -1), ValueError, "consumed must lie in 0"),
+        (("addressed", 0, [-1]), ValueError, "sample_ids must lie in 0"),
+        (("addressed", 0, torch.tensor([3, -1])), ValueError, "sample_ids must not be negative"),
+        (("addressed", 0, ["a"]), TypeError, "sample_ids must be an integer"),
+        (("addressed", 0, "ab"), TypeError, "sample_ids must be integers"),
+        (("addressed", 0, 3), TypeError, "sample_ids must be integers"),
+        (("addressed", 0, torch.tensor([0.5])), TypeError, "sample_ids must be int64"),
+        (("addressed", 0, torch.tensor([[1]])), ValueError, "sample_ids must have shape"),
         (("torch", 3), ValueError, "belong to noise='addressed'"),
         (("torch", None, [1]), ValueError, "belong to noise='addressed'"),
     ],
@@ -78,6 +89,13 @@ def test_processes_take_ids_of_their_own(monkeypatch):
 def test_bad_sources(arguments, error, message):
     with pytest.raises(error, match=message):
         NoiseSource(*arguments)
+
+
+def test_a_source_is_changed_as_a_whole():
+    source = NoiseSource()
+    for name, value in (("source", "torch"), ("seed", 7), ("consumed", 3)):
+        with pytest.raises(AttributeError):
+            setattr(source, name, value)
 
 
 # Objects --------------------------------------------------------------------------------------
@@ -171,6 +189,29 @@ def test_float64_takes_the_same_step_exactly(seed):
             assert (a - b).abs().max() < 64 * ulp(torch.float32)
     with pytest.raises(ValueError, match="model_output must have shape"):
         steps.take(x.double(), m[:, :2].double(), 3, (seed, None), clip=None)
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "learned_range"])
+@pytest.mark.parametrize("t", [0, 5, torch.tensor([3, 0, 7])])
+def test_a_step_to_differentiate_is_the_same_step(variance, t):
+    steps = steps_of(SCHEDULE, variance)
+    x, m = randn([3, 2, 4, 4], seed=0), randn([3, 4, 4, 4], seed=1)
+    m = m if variance == "learned_range" else m[:, :2].contiguous()
+    expected = steps.take(x, m, t, (9, None), clip=(-1.0, 1.0))
+    gradients = []
+    for dtype in (torch.float32, torch.float64):
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in (x, m)]
+        found = steps.take(*leaves, t, (9, None), clip=(-1.0, 1.0))
+        for a, b in zip(found, expected, strict=True):
+            assert (a - b).abs().max() < 64 * ulp(torch.float32)
+        total = sum(result.square().sum() for result in found)
+        first = torch.autograd.grad(total, leaves, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+        gradients.append((*first, *second))
+    for single, double in zip(*gradients, strict=True):
+        scale = max(1.0, double.abs().max().item())
+        assert (single - double).abs().max() < 256 * ulp(torch.float32) * scale
+        assert double.abs().max() > 0
 
 
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])

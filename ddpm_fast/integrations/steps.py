@@ -7,18 +7,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from ..ops import reverse_step
+from ..ops import randn, reverse_step
 from ..ops.checks import (
     FLOAT_DTYPES,
     MAX_ELEMENTS,
+    as_int,
+    check_range_on_host,
     check_same_shape,
     noise_address,
+    per_sample_int,
     runs_now,
 )
+from ..ops.reverse_step import NO_CLIP, check_clip
 from ..ops.reverse_step import _reverse_step as reverse_step_now
-from ..ops.reverse_step import check_clip
-from ..ops.reverse_step_run import VARIANCES, formula
+from ..ops.reverse_step_run import STREAM, VARIANCES
 from ..schedule import Method, Prediction, Variance
 from ..step_table import StepTable
 from .noise import Address
@@ -30,7 +34,7 @@ class Steps:
 
     Attributes:
         table: float32, for the kernels.
-        rows: float64, for states in float64, which take the formula of ``reference``.
+        rows: float64, for states in float64 and steps to differentiate.
     """
 
     table: StepTable
@@ -95,9 +99,8 @@ class Steps:
         if model_output.dtype is not dtype:
             dtype = torch.promote_types(dtype, model_output.dtype)
             x = x.to(dtype)
-        if dtype is torch.float64:
-            row = len(self) - 1 - t
-            return self._in_float64(x, model_output, row, address, clip, noise, x0)
+        if dtype is torch.float64 or _is_transformed(x, model_output, x0):
+            return self._by_formula(x, model_output, t, address, clip, noise, x0, dtype)
         if not self._is_plain(x, model_output, noise, x0):
             seed, ids = address
             row = len(self) - 1 - t
@@ -150,40 +153,77 @@ class Steps:
             self._by_device[device] = found
         return found
 
-    def _in_float64(
+    def _by_formula(
         self,
         x: Tensor,
         model_output: Tensor,
-        row: int | Tensor,
+        t: int | Tensor,
         address: Address,
         clip: tuple[float, float] | None,
         noise: Tensor | None,
         x0: Tensor | None,
+        dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
-        device = x.device
-        seed, _, ids = noise_address(*address, x.shape[0], device)
-        rows = self._rows_by_device.get(device)
+        """In plain PyTorch: float64, and steps to differentiate, as often as one likes, where the
+        op's own backward takes longer."""
+        work = torch.float64 if dtype is torch.float64 else torch.float32
+        halves = 2 if self._variance else 1
+        shape = (x.shape[0], halves * x.shape[1], *x.shape[2:])
+        check_same_shape("model_output", model_output, shape)
+        x, m = x.to(work), model_output.to(work)
+        r, c_x, c_m, b_0, b_x, b_m, sigma, log_min, log_max = self._numbers(t, x)
+        mean, v = m.chunk(2, 1) if self._variance else (m, None)
+        if x0 is None:
+            x0 = mean if _is(r, 1) and _is(c_x, 0) and _is(c_m, 1) else r * (c_x * x + c_m * mean)
+        lo, hi = check_clip(clip)
+        x0_hat = x0.to(work) if (lo, hi) == NO_CLIP else x0.to(work).clamp(lo, hi)
+        x_next = b_0 * x0_hat + b_x * x
+        if not _is(b_m, 0):
+            x_next = x_next + b_m * mean
+        if not _is(sigma, 0):
+            if noise is None:
+                seed, ids = address
+                noise = randn(
+                    x.shape, seed=seed, sample_ids=ids, stream=STREAM, index=t, device=x.device
+                )
+            term = sigma * noise.to(work)
+            if v is not None and self.table.model_variance != "ignored":
+                if self.table.model_variance == "learned_range":
+                    v = (0.5 * (log_max - log_min)) * (v + 1) + log_min
+                term = term * (0.5 * v).clamp(-87, 87).exp()
+            if isinstance(sigma, Tensor):
+                term = torch.where(sigma == 0, torch.zeros_like(term), term)
+            x_next = x_next + term
+        return x_next.to(dtype), x0_hat.to(dtype)
+
+    def _numbers(self, t: int | Tensor, x: Tensor) -> list[Any]:
+        """The nine numbers of a step, or nine tensors [N, 1, …] of x's dtype."""
+        if not isinstance(t, Tensor):
+            row: list[Any] = self.rows[len(self) - 1 - as_int("t", t, len(self))].tolist()
+            return row
+        per_sample_int("t", t, x.shape[0], x.device)
+        check_range_on_host("t", t.contiguous(), len(self))
+        rows = self._rows_by_device.get(x.device)
         if rows is None:
-            rows = self._rows_by_device.setdefault(device, self.rows.to(device))
-        halves = 1 if self.table.model_variance == "none" else 2
-        check_same_shape(
-            "model_output", model_output, (x.shape[0], halves * x.shape[1], *x.shape[2:])
-        )
-        return formula(
-            x.double(),
-            model_output.double(),
-            rows,
-            self.table.to(device).timesteps,
-            row if isinstance(row, int) else 0,
-            None if isinstance(row, int) else row,
-            (seed, None, ids),
-            self.table.model_variance,
-            check_clip(clip),
-            None,
-            torch.ones((), device=device),
-            None if noise is None else noise.double(),
-            None if x0 is None else x0.double(),
-        )
+            with torch.inference_mode(False):
+                rows = self.rows.flip(0).to(x.device)
+            self._rows_by_device[x.device] = rows
+        found = rows[t.clamp(0, len(self) - 1)].to(x.dtype)
+        return [column.reshape(-1, *[1] * (x.ndim - 1)) for column in found.unbind(1)]
+
+
+def _is(number: Any, value: float) -> bool:
+    """Whether a step's number is known to be this one."""
+    return isinstance(number, float) and number == value
+
+
+def _is_transformed(*tensors: Tensor | None) -> bool:
+    """Whether derivatives are asked for, or a transform of torch.func is at work."""
+    return (
+        (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+    ) and not torch.compiler.is_compiling()
 
 
 def _is_like(tensor: Tensor, x: Tensor) -> bool:

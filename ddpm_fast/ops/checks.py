@@ -6,8 +6,10 @@ traced); values are checked where they lie on the host, when it runs.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -271,6 +273,24 @@ def _refuse_tangents(tensors: Sequence[Tensor | None]) -> None:
                 "ddpm_fast's ops have no forward-mode derivatives; use reverse mode, or "
                 "ddpm_fast.reference"
             )
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """For a backward pass that has no derivative of its own. torch's decorator of this name lets a
+    second derivative pass where the gradient that comes in is a constant, as after a mean: wrong,
+    and in silence."""
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *upstream: Any) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "ddpm_fast's ops are differentiable once, and this backward pass is asked for a "
+                "graph of its own (create_graph=True); ddpm_fast.reference has the formulas in "
+                "PyTorch"
+            )
+        return backward(ctx, *upstream)
+
+    return run
 
 
 def empty_like_dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:

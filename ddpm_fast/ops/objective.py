@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import reference
 from ..schedule import NoiseSchedule, Prediction, Variance, one_of
@@ -224,7 +223,7 @@ class KeptHalves(torch.autograd.Function):
         return results
 
     @staticmethod
-    @once_differentiable
+    @checks.once_differentiable
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         of_sum, of_first, of_second, _ = upstream
         if of_first is None and of_second is None:
@@ -250,7 +249,7 @@ def keep_gradient(ctx: Any, results: tuple[Tensor, ...], scale: float, inputs: i
     ctx.set_materialize_grads(False)
 
 
-@once_differentiable
+@checks.once_differentiable
 def from_kept_gradient(
     ctx: Any, upstream: Tensor | None, *others: Tensor | None
 ) -> tuple[Tensor | None, ...]:

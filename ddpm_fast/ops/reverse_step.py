@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
 from ..schedule import ModelVariance, StepTable
@@ -282,7 +281,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
 
 
-@once_differentiable
+@checks.once_differentiable
 def _backward(ctx: Any, grad: Tensor, grad_x0: Tensor) -> tuple[Tensor | None, ...]:
     """Differentiates the reference formula in float64, with the same noise redrawn."""
     saved = iter(ctx.saved_tensors)

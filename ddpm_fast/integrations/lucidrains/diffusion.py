@@ -145,7 +145,9 @@ class FastDiffusion(FastTraining):
 
     def _address(self) -> Address:
         """Of all draws of one trajectory."""
-        return self.noise_source.of_trajectory() if self.noise_source.is_addressed else UNUSED
+        if not self.noise_source.is_addressed:
+            return UNUSED
+        return self.noise_source.of_trajectory(self.device)
 
 
 def _progress(times: Sequence[int], what: str) -> Iterable[int]:

@@ -99,8 +99,7 @@ class AcceleratedDiffusion(Accelerated):
         """Of a trajectory's noise: its seed, and its ids on the device."""
         if not self.noise_source.is_addressed:
             return 0, None
-        seed, ids = self.noise_source.of_trajectory()
-        ids = ids.to(device) if isinstance(ids, Tensor) else ids
+        seed, ids = self.noise_source.of_trajectory(device)
         return seed, noise_address(0, ids, samples, device)[2]
 
     def _wrap_model(self, model: Any) -> Any:

@@ -92,7 +92,7 @@ class FastSampling(AcceleratedDiffusion):
             for i in reversed(range(len(self._tables))):
                 t = torch.full((shape[0],), i, dtype=torch.int64, device=device)
                 with torch.no_grad():
-                    out = step(model, x, t, i, address, choices)
+                    out = step(model, x, t, i, address, choices, not samples_only)
                 shown.update()
                 yield out
                 x = out["sample"]
