@@ -18,6 +18,41 @@ def small():
     return theirs_of(SMALL)
 
 
+def pipeline_of(unet):
+    return diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler())
+
+
+def test_compiled_and_in_a_pipeline(small):
+    expected = UNet.from_diffusers(small)
+    compiled = torch.compile(small, backend="eager")
+    assert type(compiled) is not type(small)
+    in_pipeline = pipeline_of(small)
+    both = pipeline_of(small)
+    both.unet = compiled
+    for source in (compiled, in_pipeline, both):
+        found = UNet.from_diffusers(source)
+        assert found.config == expected.config
+        assert_same_weights(found, expected)
+    found = UNet.from_diffusers(both, image_size=16)
+    assert found.config.image_size == 16
+
+
+def test_objects_of_another_kind(small):
+    class Pipeline:  # of another network
+        unet = torch.nn.Linear(2, 2)
+
+    named = "a UNet2DModel, a pipeline that has one, or a directory; got "
+    for source, got in (
+        (torch.nn.Linear(2, 2), "Linear"),
+        (Pipeline(), "Linear in .*Pipeline"),
+        (torch.compile(torch.nn.Linear(2, 2)), "Linear in OptimizedModule"),
+        (None, "NoneType"),
+        (small.state_dict(), "OrderedDict"),
+    ):
+        with pytest.raises(TypeError, match=f"{named}{got}$"):
+            UNet.from_diffusers(source)
+
+
 @pytest.mark.parametrize("whole", [True, False])
 def test_offloaded_weights_are_refused(small, whole):
     """Their parameters are on the meta device: there is nothing to copy."""
@@ -35,7 +70,7 @@ def test_an_offloaded_pipeline(small):
     """As enable_sequential_cpu_offload leaves it, which itself asks for an accelerator."""
     accelerate = pytest.importorskip("accelerate")
     expected = UNet.from_diffusers(small)
-    pipeline = diffusers.DDPMPipeline(small, diffusers.DDPMScheduler())
+    pipeline = pipeline_of(small)
     accelerate.cpu_offload(pipeline.unet, torch.device("cpu"), offload_buffers=True)
     with pytest.raises(ValueError, match=r"pipeline\.remove_all_hooks\(\)"):
         UNet.from_diffusers(pipeline.unet)

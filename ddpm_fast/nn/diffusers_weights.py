@@ -23,20 +23,31 @@ INDEX = f"{WEIGHTS}.index.json"
 def load(cls: type[UNet], source: Any, image_size: int | None, null_class: bool) -> UNet:
     """:meth:`UNet.from_diffusers`."""
     what: object = f"the {CLASS}"
-    if any(base.__name__ == CLASS for base in type(source).__mro__):
-        options, tensors = dict(source.config), _tensors(source)
-    elif isinstance(source, str) or hasattr(source, "__fspath__"):
+    if isinstance(source, str) or hasattr(source, "__fspath__"):
         options, tensors, what = _read(Path(source))
     else:
-        raise TypeError(
-            f"from_diffusers takes a {CLASS} or a directory; got {type(source).__qualname__}"
-        )
+        model = _model_of(source)
+        options, tensors = dict(model.config), _tensors(model)
     try:
         config = config_of(options, image_size=image_size, null_class=null_class)
     except TypeError as error:
         raise ValueError(f"{what}'s config cannot be read: {error}") from error
     tensors = {_RENAMED.sub(_renamed, name): tensor for name, tensor in tensors.items()}
     return build(cls, config, _place, tensors, what)
+
+
+def _model_of(source: Any) -> Any:
+    """The UNet2DModel itself, of a pipeline or of torch.compile's module."""
+    found = source if isinstance(source, torch.nn.Module) else getattr(source, "unet", source)
+    while isinstance(found, torch.nn.Module) and hasattr(found, "_orig_mod"):
+        found = found._orig_mod
+    if not any(base.__name__ == CLASS for base in type(found).__mro__):
+        inside = "" if found is source else f" in {type(source).__qualname__}"
+        raise TypeError(
+            f"from_diffusers takes a {CLASS}, a pipeline that has one, or a directory; got "
+            f"{type(found).__qualname__}{inside}"
+        )
+    return found
 
 
 def _tensors(model: Any) -> dict[str, Tensor]:

@@ -158,9 +158,9 @@ class UNet(nn.Module):
         """The same function as a UNet2DModel of diffusers', with a copy of its weights.
 
         Args:
-            source: a UNet2DModel, a directory that one was saved in, or a pipeline's directory.
-                diffusers need not be installed to read a directory; a legacy .bin file is read by
-                ``torch.load(weights_only=True)``.
+            source: a UNet2DModel, compiled or not, a pipeline that has one as its ``unet``, or the
+                directory that either was saved in. diffusers need not be installed to read a
+                directory; a legacy .bin file is read by ``torch.load(weights_only=True)``.
             image_size: side of the images; the config's sample_size if None.
             null_class: the last class is the null class, which diffusers' config cannot say.
 
