@@ -178,13 +178,15 @@ def test_set_timesteps_begins_a_trajectory_wherever_it_starts(stock):
     assert fast._seed != before
 
 
-def test_sample_ids_may_change_in_place():
+def test_sample_ids_are_those_that_were_given():
     _, fast = pair(DDPMScheduler)
     ids = [1, 2]
     fast.set_noise(seed=3, sample_ids=ids)
     first = fast.step(M, 500, X).prev_sample
     assert torch.equal(fast.step(M, 500, X).prev_sample, first)
     ids[1] = 9
+    assert torch.equal(fast.step(M, 500, X).prev_sample, first)
+    fast.set_noise(seed=3, sample_ids=torch.tensor(ids))
     second = fast.step(M, 500, X).prev_sample
     assert torch.equal(second[0], first[0])
     assert not torch.equal(second[1], first[1])

@@ -94,6 +94,6 @@ def _checked(sample_ids: Tensor | Sequence[int]) -> Tensor:
         samples, device = len(sample_ids), torch.device("cpu")
     with torch.inference_mode(False):
         _, _, ids = noise_address(0, sample_ids, samples, device)
-    check_ids_on_host(ids)
-    assert ids is not None
-    return ids
+        check_ids_on_host(ids)
+        assert ids is not None
+        return ids.clone()  # what the caller does with theirs is no matter here
