@@ -43,22 +43,25 @@ def regression_loss(
     data = None if prediction == "epsilon" else x0
     if torch.is_grad_enabled() and output.requires_grad and is_eager(output, data, noise):
         seed, _, sample_ids = noise_address(*address, output.shape[0], output.device)
-        scale = gradient_scale(output, 0)
+        # float16 holds neither a large weight's gradient nor a mean's share of one: it keeps that
+        # of each sample's sum of squares, near m − target, and the backward pass has the weights.
+        apart = output.dtype == torch.float16
+        scale = gradient_scale(output, output.shape[0].bit_length())
         arguments = (
             data, 0, t, schedule.forward_weights(output.device), PREDICTIONS.index(prediction),
-            False, seed, None, sample_ids, STREAM, 0, None, noise, weights, True, scale,
+            False, seed, None, sample_ids, STREAM, 0, None, noise, None if apart else weights, True,
+            scale,
         )  # fmt: skip
-        loss: Tensor = _Regression.apply(output, arguments, total)
+        loss: Tensor = _Regression.apply(output, arguments, weights, total)
         return loss
     seed, ids = address
-    losses = denoising_loss(
+    losses = weights * denoising_loss(
         output,
         t,
         schedule,
         prediction=prediction,
         x0=data,
         noise=noise,
-        weights=weights,
         seed=seed,
         sample_ids=ids,
     )
@@ -69,9 +72,14 @@ class _Regression(torch.autograd.Function):
     """The sum belongs to it: its own backward pass would take as long as a small batch's kernel."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, arguments: tuple[Any, ...], total: bool) -> Tensor:
+    def forward(
+        ctx: Any, output: Tensor, arguments: tuple[Any, ...], weights: Tensor, total: bool
+    ) -> Tensor:
         losses, gradient = _denoising_loss(output, *arguments)  # past the dispatcher: 9 µs
-        *_, weights, _, ctx.scale = arguments
+        *_, in_kernel, _, ctx.scale = arguments
+        ctx.apart = in_kernel is None
+        if ctx.apart:
+            losses = losses * weights
         ctx.save_for_backward(output, gradient, weights)
         result: Tensor = losses.sum() if total else losses
         return result
@@ -80,16 +88,18 @@ class _Regression(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         output, gradient, weights = ctx.saved_tensors
         twice = torch.is_grad_enabled()  # the gradient's own graph is wanted
-        if not twice and ctx.scale == 1.0 and _is_one(upstream):
-            return gradient, None, None
+        if not twice and not ctx.apart and _is_one(upstream):
+            return gradient, None, None, None
         ones = [1] * (output.ndim - 1)
-        factor = (upstream / ctx.scale).reshape(-1, *ones)
+        factor = (upstream * weights / ctx.scale if ctx.apart else upstream).reshape(-1, *ones)
         if not twice:
-            return (gradient * factor).to(output.dtype), None, None
+            return (gradient * factor).to(output.dtype), None, None, None
         # Linear in m: 2 w (m − target) / K of K elements. What is added is 0.
-        slope = weights * (2 * len(weights) * ctx.scale / max(output.numel(), 1))
-        change = slope.reshape(-1, *ones) * (output.float() - output.detach().float())
-        return ((gradient.float() + change) * factor).to(output.dtype), None, None
+        slope: Any = 2 * len(weights) * ctx.scale / max(output.numel(), 1)
+        if not ctx.apart:
+            slope = (weights * slope).reshape(-1, *ones)
+        change = slope * (output.float() - output.detach().float())
+        return ((gradient.float() + change) * factor).to(output.dtype), None, None, None
 
 
 def _is_one(upstream: Tensor) -> bool:
