@@ -240,13 +240,22 @@ def test_interpolate_with_addressed_noise():
     fast = accelerated(timesteps=20, seed=7)
     first, second = images(2) * 2 - 1, images(2, seed=1) * 2 - 1
     schedule = fast._tables.forward(fast._buffers)
-    x = 0.75 * add_noise(first, 12, schedule, seed=7, index=0)
-    x = x + 0.25 * add_noise(second, 12, schedule, seed=7, index=1)
+    x = 0.75 * add_noise(first, 12, schedule, seed=7, index=1)
+    x = x + 0.25 * add_noise(second, 12, schedule, seed=7, index=2)
     for t in reversed(range(12)):
         x, _ = fast.p_sample(x, t)
     found = fast.interpolate(first, second, 12, lam=0.25)
     torch.testing.assert_close(found, x, rtol=0, atol=1e-5)
     assert fast.noise_source.consumed == 0  # training goes on where it was
+
+
+@pytest.mark.parametrize("lam", [0.0, 1.0])
+def test_interpolate_does_not_draw_the_noise_of_training(lam):
+    fast = accelerated(timesteps=20, seed=7)
+    x = torch.zeros(2, 3, SIZE, SIZE)
+    noised = fast.interpolate(x, x, 0, lam)
+    trained_on = fast.q_sample(x, torch.tensor([0, 0]))
+    assert (noised - trained_on).abs().max() > 0.1 * trained_on.abs().max()
 
 
 @pytest.mark.parametrize("accelerate_first", [False, True])

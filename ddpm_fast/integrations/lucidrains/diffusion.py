@@ -28,7 +28,7 @@ class FastDiffusion(FastTraining):
     unless ``return_all_timesteps`` asks for them.
 
     Addressed noise, by stream and index: the initial image 0, 0; a step 1, its timestep; p_losses
-    and q_sample 2, 0, their offset noise 5, 0; interpolate's two images 2, 0 and 2, 1. The
+    and q_sample 2, 0, their offset noise 5, 0; interpolate's two images 2, 1 and 2, 2. The
     timesteps of ``forward`` and the coin of self-conditioning are drawn as in the stock class.
     """
 
@@ -74,7 +74,7 @@ class FastDiffusion(FastTraining):
         times = torch.full((x1.shape[0],), t, device=x1.device)
         first, second = (
             self._noised(x, times, None, address, self._takes(x, times, None), index)
-            for index, x in enumerate((x1, x2))
+            for index, x in enumerate((x1, x2), 1)  # 0 is of the samples that it trained on
         )
         steps = self._tables.ddpm(self._buffers, self.objective)
         img = (1 - lam) * first + lam * second
