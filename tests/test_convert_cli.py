@@ -148,6 +148,15 @@ def test_the_side_of_images(sources, convert, tmp_path):
     assert UNet.from_pretrained(tmp_path / "out").config.image_size == 16
 
 
+def test_variants(sources, convert, tmp_path):
+    model = UNet.from_pretrained(sources / "ours").half()
+    model.to_diffusers().save_pretrained(tmp_path / "source", variant="fp16")
+    assert "_model.safetensors is missing; there is" in fails(convert, tmp_path / "source")
+    status, line = convert(tmp_path / "source", "--variant", "fp16")
+    assert (status, line.endswith("float16")) == (0, True)
+    assert_same_weights(UNet.from_pretrained(tmp_path / "out"), model)
+
+
 def test_what_is_there_is_kept(sources, convert, tmp_path):
     out = tmp_path / "out"
     assert convert("ours", "--to", "ddpm_fast")[0] == 0
@@ -213,6 +222,7 @@ def test_mistakes(sources, convert, tmp_path):
     assert "--ema is of training runs; theirs is none" in fails(convert, "theirs", "--ema", 0.9)
     assert "--image-size is of diffusers' fold" in fails(convert, "run", "--image-size", 8)
     assert "--null-class is of diffusers' fold" in fails(convert, "run", "--null-class")
+    assert "--variant is of diffusers' fold" in fails(convert, "ours", "--variant", "fp16")
     assert "ema must be one of [0.9, 0.99]" in fails(convert, "run", "--ema", 0.5)
     (tmp_path / "list.json").write_text("[1]")
     line = fails(convert, "ema.pt", "--config", tmp_path / "list.json")

@@ -40,6 +40,78 @@ def test_a_directory_without_diffusers(tmp_path, small, monkeypatch):
         expected.to_diffusers()
 
 
+NO_SAFETENSORS = {"safe_serialization": False}
+
+
+@pytest.mark.parametrize("variant", [None, "fp16", "ema"])
+@pytest.mark.parametrize("size", ["20KB", "1GB"])
+@pytest.mark.parametrize("form", [{}, NO_SAFETENSORS])
+def test_all_that_diffusers_writes(tmp_path, small, variant, size, form):
+    """In one file or in several, of either kind, with a variant beside other weights or alone."""
+    expected = UNet.from_diffusers(small)
+    small.save_pretrained(tmp_path / "alone", variant=variant, max_shard_size=size, **form)
+    other = theirs_of(SMALL, 1)
+    other.save_pretrained(tmp_path / "beside", variant=None if variant else "fp16", **form)
+    small.save_pretrained(tmp_path / "beside", variant=variant, max_shard_size=size, **form)
+    suffix = "*.bin" if form else "*.safetensors"
+    assert (len(list((tmp_path / "alone").glob(suffix))) > 2) == (size == "20KB")
+    for name in ("alone", "beside"):
+        assert_same_weights(UNet.from_diffusers(tmp_path / name, variant=variant), expected)
+        again = diffusers.UNet2DModel.from_pretrained(
+            tmp_path / name, variant=variant, use_safetensors=not form
+        )
+        assert_same_weights(again, small)
+
+
+def test_a_variant_of_a_pipeline(tmp_path, small):
+    pipeline = diffusers.DDPMPipeline(small.half(), diffusers.DDPMScheduler())
+    pipeline.save_pretrained(tmp_path, variant="fp16")
+    found = UNet.from_diffusers(tmp_path, variant="fp16")
+    assert found.dtype == torch.float16
+    assert_same_weights(found, UNet.from_diffusers(small))
+
+
+def test_old_names_of_an_index(tmp_path, small):
+    """…safetensors.fp16.index.json, as diffusers before 0.31 wrote it."""
+    small.save_pretrained(tmp_path, variant="fp16", max_shard_size="20KB")
+    index = tmp_path / "diffusion_pytorch_model.safetensors.index.fp16.json"
+    index.rename(tmp_path / "diffusion_pytorch_model.safetensors.fp16.index.json")
+    found = UNet.from_diffusers(tmp_path, variant="fp16")
+    assert_same_weights(found, UNet.from_diffusers(small))
+
+
+def test_an_index_goes_before_a_file_that_is_whole(tmp_path, small):
+    """As with diffusers."""
+    theirs_of(SMALL, 1).save_pretrained(tmp_path / "old")
+    small.save_pretrained(tmp_path / "new", max_shard_size="20KB")
+    name = "diffusion_pytorch_model.safetensors"
+    (tmp_path / "old" / name).rename(tmp_path / "new" / name)
+    assert_same_weights(diffusers.UNet2DModel.from_pretrained(tmp_path / "new"), small)
+    assert_same_weights(UNet.from_diffusers(tmp_path / "new"), UNet.from_diffusers(small))
+
+
+def test_variants_that_are_not_there(tmp_path, small):
+    small.save_pretrained(tmp_path, variant="fp16")
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"diffusion_pytorch_model.safetensors is missing; there is "
+        r"diffusion_pytorch_model.fp16.safetensors \(a variant is read by its name\)",
+    ):
+        UNet.from_diffusers(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"diffusion_pytorch_model.bf16.safetensors is mis"):
+        UNet.from_diffusers(tmp_path, variant="bf16")
+    with pytest.raises(ValueError, match="variant='fp16' is of a directory's files"):
+        UNet.from_diffusers(small, variant="fp16")
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"weight_map": ["a.bin"]}', '{"weight_map": {}}'])
+def test_an_index_that_says_nothing(tmp_path, small, content):
+    small.save_pretrained(tmp_path, max_shard_size="20KB", **NO_SAFETENSORS)
+    (tmp_path / "diffusion_pytorch_model.bin.index.json").write_text(content)
+    with pytest.raises(ValueError, match="does not say in which files the weights are"):
+        UNet.from_diffusers(tmp_path)
+
+
 def to_bin(folder, tensors):
     (folder / "diffusion_pytorch_model.safetensors").unlink(missing_ok=True)
     torch.save(tensors, folder / "diffusion_pytorch_model.bin")
@@ -70,6 +142,11 @@ def test_no_code_of_a_file_is_run(tmp_path, small):
     to_bin(folder, small.state_dict() | {"evil": Evil(tmp_path / "ran")})
     with pytest.raises(ValueError, match=r"_model.bin is no whole file of tensors: .* run code"):
         UNet.from_diffusers(folder)
+    small.save_pretrained(tmp_path / "shards", max_shard_size="20KB", **NO_SAFETENSORS)
+    shard = next((tmp_path / "shards").glob("*00002-of*"))
+    torch.save({"evil": Evil(tmp_path / "ran")}, shard)
+    with pytest.raises(ValueError, match=r"00002-of-\d+.bin is no whole file of tensors: .* run"):
+        UNet.from_diffusers(tmp_path / "shards")
     assert not (tmp_path / "ran").exists()
 
 
@@ -96,11 +173,6 @@ def test_what_is_missing(tmp_path, small):
         UNet.from_diffusers(tmp_path / "file")
     with pytest.raises(FileNotFoundError, match=r"config.json is missing"):
         UNet.from_diffusers(tmp_path)
-    small.save_pretrained(tmp_path / "a", variant="fp16")
-    with pytest.raises(
-        FileNotFoundError, match=r"is missing; there is diffusion_pytorch_model.fp16.safetensors"
-    ):
-        UNet.from_diffusers(tmp_path / "a")
     small.save_pretrained(tmp_path / "b", max_shard_size="20KB")
     next((tmp_path / "b").glob("*00002-of*")).unlink()
     with pytest.raises(FileNotFoundError, match=r"00002-of-\d+.safetensors is missing"):

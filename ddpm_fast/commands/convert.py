@@ -64,6 +64,12 @@ def add_parser(subparsers: Any) -> None:
         action="store_true",
         help="of diffusers' models: the last class stands for none, for guidance",
     )
+    parser.add_argument(
+        "--variant",
+        metavar="NAME",
+        help="of diffusers' models: that of the files to read, fp16 for "
+        "diffusion_pytorch_model.fp16.safetensors",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace DST")
     parser.set_defaults(run=run)
 
@@ -125,6 +131,7 @@ def _check_options(arguments: argparse.Namespace, kind: str) -> None:
         ("--ema", arguments.ema != "first", "run"),
         ("--image-size", arguments.image_size is not None, "diffusers"),
         ("--null-class", arguments.null_class, "diffusers"),
+        ("--variant", arguments.variant is not None, "diffusers"),
     ):
         if given and kind != of:
             whose = {
@@ -175,7 +182,10 @@ def _load(arguments: argparse.Namespace, kind: str) -> tuple[UNet, str]:
     if kind == "ddpm_fast":
         return UNet.from_pretrained(source), f"ddpm_fast's {source}"
     model = UNet.from_diffusers(
-        source, image_size=arguments.image_size, null_class=arguments.null_class
+        source,
+        image_size=arguments.image_size,
+        null_class=arguments.null_class,
+        variant=arguments.variant,
     )
     return model, f"diffusers' {source}"
 

@@ -9,24 +9,27 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import checkpoint
+from . import diffusers_files
 from .diffusers_config import CLASS, config_of, options_of
-from .weights import Place, build, read_pickle
+from .weights import Place, build
 
 if TYPE_CHECKING:
     from .unet import UNet
 
-WEIGHTS, LEGACY = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"
-INDEX = f"{WEIGHTS}.index.json"
 
-
-def load(cls: type[UNet], source: Any, image_size: int | None, null_class: bool) -> UNet:
+def load(
+    cls: type[UNet], source: Any, image_size: int | None, null_class: bool, variant: str | None
+) -> UNet:
     """:meth:`UNet.from_diffusers`."""
     what: object = f"the {CLASS}"
     if isinstance(source, str) or hasattr(source, "__fspath__"):
-        options, tensors, what = _read(Path(source))
+        options, tensors, what = diffusers_files.read(Path(source), variant)
     else:
         model = _model_of(source)
+        if variant is not None:
+            raise ValueError(
+                f"{variant=} is of a directory's files; got {type(source).__qualname__}"
+            )
         options, tensors = dict(model.config), _tensors(model)
     try:
         config = config_of(options, image_size=image_size, null_class=null_class)
@@ -97,45 +100,6 @@ def export(model: UNet) -> Any:
         exported: Any = UNet2DModel(**options)
     exported.load_state_dict(tensors, assign=True)
     return exported.train(model.training)
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], Path]:
-    """Config and weights of a model's or a pipeline's directory, and where they stand."""
-    if not path.is_dir():
-        what = "it is a file" if path.exists() else "no such directory"
-        raise FileNotFoundError(f"no {CLASS} at {path}: {what}")
-    folder = path / "unet" if (path / "unet").is_dir() else path
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"no {CLASS} at {folder}: config.json is missing")
-    options = checkpoint.read_json(folder / "config.json")
-    found = options.get("_class_name") if isinstance(options, dict) else None
-    if found is None and isinstance(options, dict) and options.get("format") == "ddpm_fast":
-        raise ValueError(f"{folder} is a ddpm_fast checkpoint: UNet.from_pretrained reads it")
-    if found != CLASS:
-        raise ValueError(f"{folder / 'config.json'} describes {found}, not a {CLASS}")
-    if (folder / WEIGHTS).is_file():
-        return options, checkpoint.read_safetensors(folder / WEIGHTS), folder / WEIGHTS
-    if (folder / INDEX).is_file():
-        return options, _read_shards(folder / INDEX), folder / INDEX
-    if (folder / LEGACY).is_file():
-        return options, read_pickle(folder / LEGACY), folder / LEGACY
-    others = sorted(file.name for file in folder.glob("diffusion_*"))
-    there = f"; there is {', '.join(others)}" if others else ""
-    raise FileNotFoundError(f"no {CLASS} at {folder}: {WEIGHTS} is missing{there}")
-
-
-def _read_shards(index: Path) -> dict[str, Tensor]:
-    """Weights in several files, of which the index says what is where."""
-    described = checkpoint.read_json(index)
-    files = described.get("weight_map") if isinstance(described, dict) else None
-    if not isinstance(files, dict):
-        raise ValueError(f"{index} does not say in which files the weights are")
-    tensors: dict[str, Tensor] = {}
-    for file in sorted({Path(str(file)).name for file in files.values()}):
-        if not (index.parent / file).is_file():
-            raise FileNotFoundError(f"no {CLASS} at {index.parent}: {file} is missing")
-        tensors.update(checkpoint.read_safetensors(index.parent / file))
-    return tensors
 
 
 _ATTENTION = {"norm": "group_norm", "out": "to_out.0"}

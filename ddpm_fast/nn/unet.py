@@ -153,7 +153,12 @@ class UNet(nn.Module):
 
     @classmethod
     def from_diffusers(
-        cls, source: Any, *, image_size: int | None = None, null_class: bool = False
+        cls,
+        source: Any,
+        *,
+        image_size: int | None = None,
+        null_class: bool = False,
+        variant: str | None = None,
     ) -> UNet:
         """The same function as a UNet2DModel of diffusers', with a copy of its weights.
 
@@ -163,6 +168,8 @@ class UNet(nn.Module):
                 directory; a legacy .bin file is read by ``torch.load(weights_only=True)``.
             image_size: side of the images; the config's sample_size if None.
             null_class: the last class is the null class, which diffusers' config cannot say.
+            variant: of a directory's files, as diffusers names it: "fp16" reads
+                diffusion_pytorch_model.fp16.safetensors.
 
         Returns:
             A UNet in eval mode, of the same dtype, on the model's device or the CPU.
@@ -181,7 +188,7 @@ class UNet(nn.Module):
         """
         from . import diffusers_weights
 
-        return diffusers_weights.load(cls, source, image_size, null_class)
+        return diffusers_weights.load(cls, source, image_size, null_class, variant)
 
     def to_diffusers(self) -> Any:
         """The same function as a UNet2DModel of diffusers', with a copy of the weights.
