@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -177,6 +178,31 @@ def test_what_is_there_is_kept(sources, convert, tmp_path):
     (tmp_path / "empty").mkdir()
     assert convert("theirs", to=tmp_path / "empty")[0] == 0
     assert names(tmp_path) == ["empty", "file", "out"]
+
+
+def test_pipelines_stay_whole(sources, convert, tmp_path):
+    """Where diffusers looks for a component, only diffusers' format goes."""
+    pipeline, unet = tmp_path / "pipeline", tmp_path / "pipeline" / "unet"
+    shutil.copytree(sources / "pipeline", pipeline)
+    (tmp_path / "link").symlink_to(unet)
+    before = {path.name: path.read_bytes() for path in unet.iterdir()}
+    for source in (unet, "run"):
+        for target in (unet, tmp_path / "link"):
+            line = fails(convert, source, "--to", "ddpm_fast", "--overwrite", to=target)
+            assert "in a pipeline of diffusers, which reads diffusers' format only: " in line
+            assert "--to diffusers" in line
+    assert {path.name: path.read_bytes() for path in unet.iterdir()} == before
+    shutil.rmtree(unet)
+    assert "in a pipeline of diffusers" in fails(convert, "theirs", to=unet)
+    assert not unet.exists()
+    assert convert("ours", to=unet)[0] == 0
+    assert convert(unet, "--to", "diffusers", "--overwrite", to=unet)[0] == 0
+    found = diffusers.UNet2DModel.from_pretrained(pipeline, subfolder="unet")
+    assert_same_weights(found, diffusers.UNet2DModel.from_pretrained(sources / "theirs"))
+    # and a link there to a folder elsewhere
+    unet.rename(tmp_path / "elsewhere")
+    unet.symlink_to(tmp_path / "elsewhere")
+    assert "in a pipeline of diffusers" in fails(convert, "theirs", "--overwrite", to=unet)
 
 
 @pytest.mark.parametrize("to", ["ddpm_fast", "diffusers"])

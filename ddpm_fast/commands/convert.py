@@ -91,6 +91,8 @@ def _run(arguments: argparse.Namespace) -> int:
         if to == "diffusers" and missing_package("convert", "diffusers", ("diffusers",)):
             return 2
         _check_options(arguments, kind)
+        if to == "ddpm_fast":
+            _check_no_pipeline(arguments.target)
         _check_target(target, arguments.overwrite)
         model, what = _load(arguments, kind)
         converted = model.to_diffusers() if to == "diffusers" else model
@@ -144,6 +146,17 @@ def _check_options(arguments: argparse.Namespace, kind: str) -> None:
         raise ValueError(
             f"{arguments.source} holds no options of its model: give OpenAI's in --config FILE.json"
         )
+
+
+def _check_no_pipeline(target: Path) -> None:
+    """A pipeline would no longer load with our format in a component's place."""
+    for path in (os.path.abspath(target), os.path.realpath(target)):
+        pipeline = Path(path).parent
+        if (pipeline / "model_index.json").is_file():
+            raise FileExistsError(
+                f"{target} is in a pipeline of diffusers, which reads diffusers' format only: take "
+                "another DST, or --to diffusers"
+            )
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
