@@ -17,11 +17,23 @@ from .tables import ddim_times
 from .training import FLOAT64, UNUSED, FastTraining, drawn
 
 _CLIP = (-1.0, 1.0)
+# What p_sample and a step of ddim_sample stand for.
+_IN_DDIM = (
+    "model_predictions",
+    "predict_start_from_noise",
+    "predict_noise_from_start",
+    "predict_start_from_v",
+)
+_IN_STEP = (*_IN_DDIM, "p_mean_variance", "q_posterior")
+_IN_LOOP = (*_IN_STEP, "p_sample")
 
 
 class FastDiffusion(FastTraining):
     """GaussianDiffusion with p_sample, p_sample_loop, ddim_sample, interpolate, q_sample and
     p_losses on the fused kernels: the same results for the same noise, to rounding.
+
+    Where the object has later got its own of the methods that these stand for, the stock method
+    calls it, with a warning; sampling then draws torch's numbers.
 
     Everything else is the stock class's, the state_dict included. No noise is stored, except where
     torch draws it or ``immiscible`` has to compare it with the data; and no states of a trajectory,
@@ -43,6 +55,8 @@ class FastDiffusion(FastTraining):
         self, x: Tensor, t: int, x_self_cond: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """x_{t-1} and the clipped x̂₀."""
+        if self._has_its_own(_IN_STEP):
+            return self._stock("p_sample")(x, t, x_self_cond)
         t = int(t)
         steps = self._tables.ddpm(self._buffers, self.objective)
         return self._step(steps, x, t, x_self_cond, self._address(), noisy=t > 0)
@@ -50,6 +64,8 @@ class FastDiffusion(FastTraining):
     @torch.inference_mode()
     def p_sample_loop(self, shape: Sequence[int], return_all_timesteps: bool = False) -> Tensor:
         """Images of ``shape``; [N, T + 1, …] of them with ``return_all_timesteps``."""
+        if self._has_its_own(_IN_LOOP):
+            return self._stock("p_sample_loop")(shape, return_all_timesteps)
         steps = self._tables.ddpm(self._buffers, self.objective)
         return self._loop(steps, shape, range(self.num_timesteps)[::-1], return_all_timesteps)
 
@@ -57,6 +73,8 @@ class FastDiffusion(FastTraining):
     def ddim_sample(self, shape: Sequence[int], return_all_timesteps: bool = False) -> Tensor:
         """Images of ``shape`` in ``sampling_timesteps`` steps, [N, steps + 1, …] of them with
         ``return_all_timesteps``."""
+        if self._has_its_own(_IN_DDIM):
+            return self._stock("ddim_sample")(shape, return_all_timesteps)
         times = ddim_times(self.num_timesteps, self.sampling_timesteps)
         eta = self.ddim_sampling_eta
         steps = self._tables.ddim(self._buffers, self.objective, times, eta)
@@ -65,9 +83,8 @@ class FastDiffusion(FastTraining):
     @torch.inference_mode()
     def interpolate(self, x1: Tensor, x2: Tensor, t: int | None = None, lam: float = 0.5) -> Tensor:
         """Two images noised to timestep t, mixed, and sampled from there."""
-        if not self.noise_source.is_addressed:
-            mixed: Tensor = super().interpolate(x1, x2, t, lam)  # type: ignore[misc]
-            return mixed
+        if not self.noise_source.is_addressed or self._has_its_own((*_IN_LOOP, "q_sample")):
+            return self._stock("interpolate")(x1, x2, t, lam)
         assert x1.shape == x2.shape
         t = self.num_timesteps - 1 if t is None else t
         address = self._address()
@@ -84,6 +101,9 @@ class FastDiffusion(FastTraining):
                 steps, img, time, x_start if self.self_condition else None, address, noisy=time > 0
             )
         return img
+
+    def _stock(self, method: str) -> Any:
+        return getattr(super(), method)
 
     def _loop(
         self, steps: Steps, shape: Sequence[int], times: Sequence[int], all_states: bool

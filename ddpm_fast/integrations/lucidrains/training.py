@@ -4,7 +4,7 @@ the loss, eqs. 4 and 14 of Ho et al. 2020, weighted as its ``loss_weight`` says.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from .tables import PREDICTIONS, Tables
 UNUSED: Address = (0, None)  # where torch draws
 FLOAT64 = "its tensors are float64, which the kernels do not take"
 _DATA_GRADIENT = "p_losses of an x_start or noise that requires grad"
+_IN_LOSSES = ("q_sample", "predict_v")  # what p_losses stands for, model_predictions it calls
 
 
 class FastTraining(Accelerated):
@@ -64,7 +65,8 @@ class FastTraining(Accelerated):
         if noise is None or strength > 0:
             address = self._training_address(x_start)
         takes = self._takes(x_start, t, noise)
-        if noise is None and not (addressed and takes and not self.immiscible):
+        stock = self._has_its_own(_IN_LOSSES)
+        if noise is None and (stock or not (addressed and takes and not self.immiscible)):
             noise = self._noise_like(x_start, address)
         offset = None
         if strength > 0:
@@ -77,6 +79,9 @@ class FastTraining(Accelerated):
             if noise is not None:
                 noise += offset
                 offset = None
+        if stock:
+            of_stock: Tensor = super().p_losses(x_start, t, noise, 0.0, loss_reduction)  # type: ignore[misc]
+            return of_stock
 
         x = self._noised(x_start, t, noise, address, takes)
         if offset is not None:
@@ -187,6 +192,14 @@ class FastTraining(Accelerated):
         if torch.float64 in (x_start.dtype, betas, None if noise is None else noise.dtype):
             self._tables.warn_once(FLOAT64)
         return False
+
+    def _has_its_own(self, methods: Iterable[str]) -> bool:
+        """Whether this object has got methods of its own among these since it was accelerated;
+        warns of them."""
+        own = [name for name in methods if name in self.__dict__]
+        if own:
+            self._tables.warn_once(f"this object has got its own {', '.join(own)}")
+        return bool(own)
 
     def _noise_like(self, x_start: Tensor, address: Address, index: int = 0) -> Tensor:
         if not self.noise_source.is_addressed:
