@@ -220,7 +220,7 @@ def test_files_that_are_none(tmp_path):
     torch.save([1, 2], path)
     with pytest.raises(ValueError, match=r"model.pt holds no state dict, but list"):
         UNet.from_openai(path, SMALL)
-    torch.save({"step": 3, "state_dict": tensors}, path)
+    torch.save(tensors | {"step": 3}, path)
     with pytest.raises(ValueError, match="is no state dict of a model: 'step' is of type int"):
         UNet.from_openai(path, SMALL)
 

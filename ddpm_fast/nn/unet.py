@@ -214,7 +214,8 @@ class UNet(nn.Module):
 
         Args:
             source: its state dict, or the path of one in a .pt file, which is read by
-                ``torch.load(weights_only=True)``, or in a .safetensors file.
+                ``torch.load(weights_only=True)``, or in a .safetensors file. The names may be those
+                of DistributedDataParallel.
             config: the options of their scripts by name, as in ``dict(image_size=64,
                 num_channels=192, learn_sigma=True, …)``; those left out have the scripts' defaults,
                 and those of the diffusion process are passed over. Also ``in_channels``,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -45,7 +46,8 @@ def build(
     its own stands among them.
 
     Raises:
-        ValueError: tensors that are missing, unknown or of another shape, in their names.
+        ValueError: tensors that are missing, unknown or of another shape, in their names; names
+            that all begin with something that is none of theirs.
     """
     with torch.device("meta"):
         model = cls(config)
@@ -56,11 +58,28 @@ def build(
         rows = tensor.shape[0] // len(theirs.names)
         shape = torch.Size((rows, *tensor.shape[1:], *(1,) * theirs.ones))
         shapes.update(dict.fromkeys(theirs.names, shape))
+    tensors = _unwrapped(source, tensors, shapes)
     checkpoint.check(source, tensors, shapes)
     model.to_empty(device=next(iter(tensors.values())).device)
     model.to(checkpoint.common_dtype(tensors) or torch.float32)
     model.load_state_dict({name: _ours(theirs, tensors) for name, theirs in places.items()})
     return model.eval()
+
+
+def _unwrapped(
+    source: object, tensors: Mapping[str, Tensor], known: Mapping[str, Any]
+) -> Mapping[str, Tensor]:
+    """Under the names of the network itself, where DistributedDataParallel's "module." is before
+    each of them."""
+    if tensors and all(name.startswith("module.") for name in tensors):
+        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    prefix = os.path.commonprefix(list(tensors))  # noqa: RUF071 - of characters
+    if prefix and any(name.removeprefix(prefix) in known for name in tensors):
+        raise ValueError(
+            f"{source} does not fit its config: all its names begin with {prefix!r}; give them "
+            "without it"
+        )
+    return tensors
 
 
 def _ours(place: Place, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -94,10 +113,31 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def tensors_of(source: object, found: Mapping[Any, Any]) -> dict[str, Tensor]:
-    """A state dict, after its names and tensors were found to be such."""
+    """A state dict, alone or as the "state_dict" of what else has no tensors.
+
+    Raises:
+        ValueError: names or tensors that are none; other entries that hold some.
+    """
+    holders = [name for name, value in found.items() if _holds_tensors(value)]
+    if holders and not any(isinstance(value, Tensor) for value in found.values()):
+        if len(holders) > 1:
+            where = " and in ".join(map(repr, holders))
+            raise ValueError(f"{source} has tensors in {where}: give the one state dict alone")
+        if holders != ["state_dict"]:
+            raise ValueError(f"{source} has its tensors in {holders[0]!r}: give that alone")
+        if isinstance(found["state_dict"], Mapping):
+            return tensors_of(source, found["state_dict"])
     for name, tensor in found.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise ValueError(
                 f"{source} is no state dict of a model: {name!r} is of type {type(tensor).__name__}"
             )
     return dict(found)
+
+
+def _holds_tensors(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return isinstance(value, Tensor)
+    return any(map(_holds_tensors, value))
