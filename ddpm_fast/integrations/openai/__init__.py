@@ -16,7 +16,7 @@ from torch import Tensor
 from ...schedule import NoiseSchedule
 from ..accelerated import accelerate_object
 from ..noise import NoiseSource
-from .calls import STOCK_NAMES, Choices, model_timesteps, stock_method
+from .calls import PASSED_OVER, STOCK_NAMES, Choices, model_timesteps, stock_method
 from .losses import FastLosses
 from .sampling import FastSampling
 from .tables import Tables
@@ -36,17 +36,6 @@ _REPLACED = {
     "training_losses": ("model", "x_start", "t"),
     "calc_bpd_loop": ("model", "x_start"),
 }
-# What the replaced methods would have called, and no longer do.
-_PASSED_OVER = (
-    "p_mean_variance",
-    "q_mean_variance",
-    "q_posterior_mean_variance",
-    "_predict_xstart_from_eps",
-    "_predict_xstart_from_xprev",
-    "_predict_eps_from_xstart",
-    "_vb_terms_bpd",
-    "_prior_bpd",
-)
 
 
 class FastDiffusion(FastSampling, FastLosses):
@@ -71,11 +60,13 @@ def accelerate(diffusion: Any, noise: NoiseSource) -> Any:
         RuntimeError: a copy of the code whose methods take other arguments, or compute otherwise.
     """
     if isinstance(diffusion, FastDiffusion):
+        diffusion._tables_kept = Tables(diffusion)  # anew: arrays may have been written to
+        vars(diffusion).pop("_told", None)
         return accelerate_object(diffusion, FastDiffusion, noise)
     _check_class(diffusion)
     tables = Tables(diffusion)
     trial = accelerate_object(copy.copy(diffusion), FastDiffusion, NoiseSource("torch"))
-    trial._tables_kept, trial._has_warned = tables, True
+    trial._tables_kept, trial._is_quiet = tables, True
     _check_results(diffusion, trial)
     accelerate_object(diffusion, FastDiffusion, noise)
     diffusion._tables_kept = tables
@@ -112,7 +103,7 @@ def _check_class(diffusion: Any) -> None:
     name = f"{cls.__module__}.{cls.__qualname__}"
     own = [
         method
-        for method in (*_REPLACED, *_PASSED_OVER)
+        for method in (*_REPLACED, *PASSED_OVER)
         if method in vars(diffusion)
         or any(method in vars(c) and c.__name__ not in STOCK_NAMES for c in cls.__mro__)
     ]

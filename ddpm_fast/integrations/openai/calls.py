@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -11,9 +13,34 @@ from torch import Tensor
 
 from ...ops.checks import noise_address
 from ..accelerated import Accelerated
-from .tables import Tables
+from .tables import Tables, made_of
 
 STOCK_NAMES = ("GaussianDiffusion", "SpacedDiffusion")
+# What the replaced methods would have called, and no longer do.
+PASSED_OVER = (
+    "p_mean_variance",
+    "q_mean_variance",
+    "q_posterior_mean_variance",
+    "_predict_xstart_from_eps",
+    "_predict_xstart_from_xprev",
+    "_predict_eps_from_xstart",
+    "_vb_terms_bpd",
+    "_prior_bpd",
+)
+_PASSED_OVER_BY = {
+    method: frozenset((*PASSED_OVER, *more))
+    for method, more in {
+        "p_sample": (),
+        "p_sample_loop": ("p_sample_loop_progressive", "p_sample"),
+        "p_sample_loop_progressive": ("p_sample",),
+        "ddim_sample": (),
+        "ddim_sample_loop": ("ddim_sample_loop_progressive", "ddim_sample"),
+        "ddim_sample_loop_progressive": ("ddim_sample",),
+        "ddim_reverse_sample": (),
+        "training_losses": ("q_sample",),
+        "calc_bpd_loop": ("q_sample",),
+    }.items()
+}
 _WRAPPER_ATTRIBUTES = {"model", "timestep_map", "rescale_timesteps", "original_num_steps"}
 
 
@@ -67,13 +94,38 @@ def _signature(cls: type, method: str) -> tuple[inspect.Signature, Choices]:
 class AcceleratedDiffusion(Accelerated):
     """What the parts of an accelerated object share: its tables and its calls."""
 
+    num_timesteps: int
     _tables_kept: Tables | None = None
+    _warned: frozenset[str] = frozenset()
+    _is_quiet = False  # while it is tried
 
     @property
     def _tables(self) -> Tables:
-        if self._tables_kept is None:
-            self._tables_kept = Tables(self)
-        return self._tables_kept
+        """Of what the object has now; at each call, once."""
+        tables = self._tables_kept
+        if tables is None or not all(map(is_, tables.made_of, made_of(self))):
+            tables = self._tables_kept = Tables(self)
+        return tables
+
+    def _has_own(self, method: str) -> bool:
+        """Whether something that ``method`` passes over has been set on the object itself, whose
+        place is the stock method's then. Warns."""
+        if _PASSED_OVER_BY[method].isdisjoint(self.__dict__):
+            return False
+        own = sorted(frozenset().union(*_PASSED_OVER_BY.values()) & self.__dict__.keys())
+        noise = ", and its steps draw torch's noise" if self.noise_source.is_addressed else ""
+        self._warn(
+            f"this object has its own {', '.join(own)}: what would pass over it stays the stock "
+            f"code{noise}",
+            stacklevel=4,
+        )
+        return True
+
+    def _warn(self, why: str, stacklevel: int = 3) -> None:
+        """Once for an object."""
+        if why not in self._warned and not self._is_quiet:
+            self._warned |= {why}
+            warnings.warn(why, stacklevel=stacklevel)
 
     def __getstate__(self) -> dict[str, Any]:
         made_anew = ("_tables_kept", "_told")
@@ -95,6 +147,11 @@ class AcceleratedDiffusion(Accelerated):
             raise TypeError(f"{method}(): {error}") from None
         return defaults._replace(**given)
 
+    def _given(self, method: str, choices: Choices) -> dict[str, Any]:
+        """The arguments by name, as the stock method takes them."""
+        cls: Any = type(self)
+        return {name: getattr(choices, name) for name in _signature(cls, method)[0].parameters}
+
     def _address(self, samples: int, device: torch.device) -> tuple[int, Tensor | None]:
         """Of a trajectory's noise: its seed, and its ids on the device."""
         if not self.noise_source.is_addressed:
@@ -112,21 +169,31 @@ class AcceleratedDiffusion(Accelerated):
         if wrapped is model or set(vars(wrapped)) - _WRAPPER_ATTRIBUTES:
             return wrapped
         wrapped.__class__ = _with_kept_map(type(wrapped))
-        wrapped.told = self.__dict__.setdefault("_told", {})
+        steps = wrapped.timestep_map
+        scale = (
+            getattr(wrapped, name, None) for name in ("rescale_timesteps", "original_num_steps")
+        )
+        told_of = (len(steps), *scale)
+        kept = self.__dict__.get("_told")
+        if kept is None or kept[0] is not steps or kept[1] != told_of:
+            kept = self.__dict__["_told"] = steps, told_of, {}
+        wrapped.told = kept[2]
         return wrapped
 
-    def _model_output(self, model: Any, x: Tensor, t: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    def _model_output(
+        self, tables: Tables, model: Any, x: Tensor, t: Tensor, kwargs: dict[str, Any]
+    ) -> Tensor:
         """What a wrapped model says at timesteps t, int64 [N]; in whatever dtype, as theirs may."""
         scale = getattr(self, "_scale_timesteps", None)
         output = model(x, t if scale is None else scale(t), **kwargs)
         if isinstance(output, tuple):
             output = output[0]
-        expected = (x.shape[0], self._tables.halves * x.shape[1], *x.shape[2:])
+        expected = (x.shape[0], tables.halves * x.shape[1], *x.shape[2:])
         if not isinstance(output, Tensor) or output.shape != expected:
             shape = getattr(output, "shape", None)
             raise ValueError(
                 f"model must return a tensor of shape {list(expected)}, its variance being "
-                f"{self._tables.variance}; got "
+                f"{tables.variance}; got "
                 f"{type(output).__name__ if shape is None else list(shape)}"
             )
         return output

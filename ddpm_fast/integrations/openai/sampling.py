@@ -15,6 +15,7 @@ from ...progress import bar
 from ..noise import Address
 from ..steps import Steps
 from .calls import STOCK_NAMES, AcceleratedDiffusion, Choices
+from .tables import Tables
 
 Step = Callable[..., dict[str, Tensor]]
 
@@ -28,6 +29,8 @@ class FastSampling(AcceleratedDiffusion):
     ) -> dict[str, Tensor]:
         """x_{t−1} and x̂₀ by the model's p_θ (Ho et al. 2020, eq. 11)."""
         choices = self._choices("p_sample", args, kwargs)
+        if self._has_own("p_sample"):
+            return self._by_stock("p_sample", choices, model, x, t)
         address = self._address(len(x), x.device)
         return self._p_step(self._wrap_model(model), x, t, None, address, choices)
 
@@ -36,6 +39,8 @@ class FastSampling(AcceleratedDiffusion):
     ) -> dict[str, Tensor]:
         """x_{t−1} and x̂₀ by DDIM (Song et al. 2021, eq. 12)."""
         choices = self._choices("ddim_sample", args, kwargs)
+        if self._has_own("ddim_sample"):
+            return self._by_stock("ddim_sample", choices, model, x, t)
         address = self._address(len(x), x.device)
         return self._ddim_step(self._wrap_model(model), x, t, None, address, choices)
 
@@ -46,12 +51,16 @@ class FastSampling(AcceleratedDiffusion):
         choices = self._choices("ddim_reverse_sample", args, kwargs)
         if choices.eta != 0.0:
             raise ValueError(f"ddim_reverse_sample's path is that of eta = 0; got {choices.eta}")
-        steps, model = self._tables.ddim_reverse, self._wrap_model(model)
+        if self._has_own("ddim_reverse_sample"):
+            return self._by_stock("ddim_reverse_sample", choices, model, x, t)
+        steps, model = Tables.ddim_reverse, self._wrap_model(model)
         return self._along_eps(steps, model, x, t, None, (0, None), choices, draws=False)
 
     def p_sample_loop(self, model: Any, shape: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Samples of ``shape``."""
         choices = self._choices("p_sample_loop", args, kwargs)
+        if self._has_own("p_sample_loop"):
+            return self._loop_by_stock("p_sample_loop", choices, model, shape)
         return _last(self._trajectory(self._p_step, model, shape, choices, samples_only=True))
 
     def p_sample_loop_progressive(
@@ -59,11 +68,15 @@ class FastSampling(AcceleratedDiffusion):
     ) -> Iterator[dict[str, Tensor]]:
         """What p_sample returns at each step; what is changed in it is what goes on."""
         choices = self._choices("p_sample_loop_progressive", args, kwargs)
+        if self._has_own("p_sample_loop_progressive"):
+            return self._loop_by_stock("p_sample_loop_progressive", choices, model, shape)
         return self._trajectory(self._p_step, model, shape, choices)
 
     def ddim_sample_loop(self, model: Any, shape: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Samples of ``shape``."""
         choices = self._choices("ddim_sample_loop", args, kwargs)
+        if self._has_own("ddim_sample_loop"):
+            return self._loop_by_stock("ddim_sample_loop", choices, model, shape)
         return _last(self._trajectory(self._ddim_step, model, shape, choices, samples_only=True))
 
     def ddim_sample_loop_progressive(
@@ -71,31 +84,45 @@ class FastSampling(AcceleratedDiffusion):
     ) -> Iterator[dict[str, Tensor]]:
         """What ddim_sample returns at each step; what is changed in it is what goes on."""
         choices = self._choices("ddim_sample_loop_progressive", args, kwargs)
+        if self._has_own("ddim_sample_loop_progressive"):
+            return self._loop_by_stock("ddim_sample_loop_progressive", choices, model, shape)
         return self._trajectory(self._ddim_step, model, shape, choices)
 
     def _trajectory(
         self, step: Step, model: Any, shape: Any, choices: Choices, samples_only: bool = False
     ) -> Iterator[dict[str, Tensor]]:
-        if not isinstance(shape, (tuple, list)):
-            raise TypeError(f"shape must be a tuple or a list; got {type(shape).__name__}")
-        device = choices.device
-        device = next(model.parameters()).device if device is None else indexed(device)
-        seed, ids = address = self._address(shape[0], device)
+        device = _device_of(model, shape, choices)
+        address = self._address(shape[0], device)
         x = choices.noise
-        if x is None and self.noise_source.is_addressed:
-            x = randn(shape, seed=seed, sample_ids=ids, device=device)
-            x = x.to(torch.get_default_dtype())  # torch.randn's
-        elif x is None:
-            x = torch.randn(*shape, device=device)
-        model = self._wrap_model(model)
-        with bar(choices.progress, len(self._tables), "sampling", unit="step") as shown:
-            for i in reversed(range(len(self._tables))):
+        x = self._first(shape, address, device) if x is None else x
+        model, num_steps = self._wrap_model(model), self.num_timesteps
+        with bar(choices.progress, num_steps, "sampling", unit="step") as shown:
+            for i in reversed(range(num_steps)):
                 t = torch.full((shape[0],), i, dtype=torch.int64, device=device)
                 with torch.no_grad():
                     out = step(model, x, t, i, address, choices, not samples_only)
                 shown.update()
                 yield out
                 x = out["sample"]
+
+    def _first(self, shape: Any, address: Address, device: torch.device) -> Tensor:
+        """x_T."""
+        if not self.noise_source.is_addressed:
+            return torch.randn(*shape, device=device)
+        x = randn(shape, seed=address[0], sample_ids=address[1], device=device)
+        return x.to(torch.get_default_dtype())  # torch.randn's
+
+    def _by_stock(self, method: str, choices: Choices, *first: Any) -> Any:
+        """What the stock method makes of these arguments."""
+        return getattr(super(), method)(*first, **self._given(method, choices))
+
+    def _loop_by_stock(self, method: str, choices: Choices, model: Any, shape: Any) -> Any:
+        """From the x_T that the noise's source has."""
+        if choices.noise is None and self.noise_source.is_addressed:
+            device = _device_of(model, shape, choices)
+            x = self._first(shape, self._address(shape[0], device), device)
+            choices = choices._replace(noise=x)
+        return self._by_stock(method, choices, model, shape)
 
     # Steps of checked arguments: t is int64 [N], at the same as an int where it is one for all
 
@@ -116,7 +143,7 @@ class FastSampling(AcceleratedDiffusion):
         cond_fn, tables = choices.cond_fn, self._tables
         if cond_fn is not None and not self._adds_to_the_mean(x):
             return self._p_step_with_mean(model, x, t, address, choices)
-        output = self._model_output(model, x, t, choices.kwargs)
+        output = self._model_output(tables, model, x, t, choices.kwargs)
         state = x if x.dtype == torch.float64 else x.float()
         x0 = None
         if choices.denoised_fn is not None:
@@ -125,7 +152,7 @@ class FastSampling(AcceleratedDiffusion):
         sample, x0_hat = tables.steps.take(
             state,
             output,
-            t.long() if at is None else at,
+            _row(t, at, tables),
             address,
             clip=choices.clip,
             noise=noise,
@@ -177,14 +204,14 @@ class FastSampling(AcceleratedDiffusion):
         choices: Choices,
         return_x0: bool = True,
     ) -> dict[str, Tensor]:
-        def steps(from_x0: bool) -> Steps:
-            return self._tables.ddim(choices.eta, from_x0)
+        def steps(tables: Tables, from_x0: bool) -> Steps:
+            return tables.ddim(choices.eta, from_x0)
 
         return self._along_eps(steps, model, x, t, at, address, choices, True, return_x0)
 
     def _along_eps(
         self,
-        steps: Callable[[bool], Steps],
+        steps: Callable[[Tables, bool], Steps],
         model: Any,
         x: Tensor,
         t: Tensor,
@@ -196,20 +223,21 @@ class FastSampling(AcceleratedDiffusion):
     ) -> dict[str, Tensor]:
         """A step that rederives ε from x̂₀."""
         state, x0, clip = x if x.dtype == torch.float64 else x.float(), None, choices.clip
+        tables = self._tables
         if choices.cond_fn is not None:
             stock: Any = self
             out = stock.p_mean_variance(model, x, t, **choices.of_mean_variance)
             x0 = self._conditioned("score", out, x, t, choices)["pred_xstart"]
             output, clip = x0, None  # what comes of the score is not clipped again
         else:
-            output = self._model_output(model, x, t, choices.kwargs)
+            output = self._model_output(tables, model, x, t, choices.kwargs)
             if choices.denoised_fn is not None:
                 m = output[:, : x.shape[1]]
-                x0 = choices.denoised_fn(self._tables.x0(state, m, t))
-        sample, x0_hat = steps(choices.cond_fn is not None).take(
+                x0 = choices.denoised_fn(tables.x0(state, m, t))
+        sample, x0_hat = steps(tables, choices.cond_fn is not None).take(
             state,
             output,
-            t.long() if at is None else at,
+            _row(t, at, tables),
             address,
             clip=clip,
             noise=self._drawn(x) if draws else None,
@@ -219,9 +247,24 @@ class FastSampling(AcceleratedDiffusion):
         return {"sample": sample, "pred_xstart": x0_hat}
 
     def _overrides(self, method: str) -> bool:
-        """Whether a class of the user's own has it."""
+        """Whether a class of the user's own has it, or the object itself."""
+        if method in self.__dict__:
+            return True
         owner = next(c for c in type(self).__mro__ if method in vars(c))
         return owner.__name__ not in STOCK_NAMES
+
+
+def _row(t: Tensor, at: int | None, tables: Tables) -> int | Tensor:
+    """As a tensor where it is still to be checked: num_timesteps may be more than there are."""
+    return t.long() if at is None or at >= len(tables) else at
+
+
+def _device_of(model: Any, shape: Any, choices: Choices) -> torch.device:
+    if not isinstance(shape, (tuple, list)):
+        raise TypeError(f"shape must be a tuple or a list; got {type(shape).__name__}")
+    if choices.device is None:
+        return next(model.parameters()).device
+    return indexed(choices.device)
 
 
 def _last(steps: Iterator[dict[str, Tensor]]) -> Tensor:

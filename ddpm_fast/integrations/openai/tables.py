@@ -6,6 +6,7 @@ in the dtype that float32 and the state promote to. The rows here are made of th
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,8 @@ ARRAYS = (
     "alphas_cumprod",
     "alphas_cumprod_prev",
     "alphas_cumprod_next",
+    "sqrt_alphas_cumprod",
+    "sqrt_one_minus_alphas_cumprod",
     "sqrt_recip_alphas_cumprod",
     "sqrt_recipm1_alphas_cumprod",
     "posterior_variance",
@@ -42,6 +45,9 @@ ARRAYS = (
     "posterior_mean_coef2",
 )
 _KEPT_ETAS = 16
+
+# What an object's tables follow from, for comparing by identity.
+made_of = attrgetter("model_mean_type", "model_var_type", "loss_type", *ARRAYS)
 
 
 class Tables:
@@ -52,6 +58,8 @@ class Tables:
         variance: of its model.
         loss: the name of its loss.
         schedule: its betas'.
+        made_of: the object's enumeration members and arrays, themselves.
+        is_of_betas: whether the arrays of the losses are those that follow from the betas.
         no_bound: why the kernels do not serve terms of the bound; None where they do.
         steps: of p_sample.
 
@@ -66,6 +74,7 @@ class Tables:
         self.variance = VARIANCES[_member(diffusion, "model_var_type", VARIANCES)]
         self.loss = _member(diffusion, "loss_type", LOSSES)
         self._arrays = {name: _array(diffusion, name) for name in ARRAYS}
+        self.made_of = made_of(diffusion)
         self.schedule = NoiseSchedule(self._arrays["betas"])
         self._on_devices: dict[tuple[str, torch.device], Tensor] = {}
         self._ddim: dict[tuple[float, bool], Steps] = {}
@@ -73,6 +82,7 @@ class Tables:
         with np.errstate(all="ignore"):  # where ᾱ is 0, their code has its infinities, too
             self._columns = self._derived()
             self.steps = self._ancestral()
+            self.is_of_betas = self._follows_from_betas()
         self.no_bound = self._why_no_bound()
 
     def __len__(self) -> int:
@@ -210,7 +220,29 @@ class Tables:
             method="ddim",
         )
 
+    def _follows_from_betas(self) -> bool:
+        betas = self._arrays["betas"]
+        bar = np.cumprod(1 - betas)
+        before = np.append(1.0, bar[:-1])
+        variance = betas * (1 - before) / (1 - bar)
+        expected = {
+            "sqrt_alphas_cumprod": np.sqrt(bar),
+            "sqrt_one_minus_alphas_cumprod": np.sqrt(1 - bar),
+            "sqrt_recip_alphas_cumprod": np.sqrt(1 / bar),
+            "sqrt_recipm1_alphas_cumprod": np.sqrt(1 / bar - 1),
+            "posterior_variance": variance,
+            "posterior_log_variance_clipped": np.log(np.append(variance[1:2], variance[1:])),
+            "posterior_mean_coef1": betas * np.sqrt(before) / (1 - bar),
+            "posterior_mean_coef2": (1 - before) * np.sqrt(1 - betas) / (1 - bar),
+        }
+        return all(
+            np.allclose(self._arrays[name], values, rtol=1e-4, atol=0, equal_nan=True)
+            for name, values in expected.items()
+        )
+
     def _why_no_bound(self) -> str | None:
+        if not self.is_of_betas:
+            return "the arrays are not those that follow from the betas"
         if self.prediction is None:
             return "the model predicts x_{t-1} (PREVIOUS_X)"
         try:
