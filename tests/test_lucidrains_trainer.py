@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import warnings
 from importlib import import_module
 
 import numpy as np
@@ -92,6 +93,44 @@ def test_the_same_training(folder, tmp_path, settings):
         assert pictures[0].shape == (2 * SIZE, 2 * SIZE, 3)
         assert abs(pictures[0] - pictures[1]).max() <= 1
     assert theirs.step == ours.step == STEPS
+
+
+def test_a_seeded_training_goes_on(folder, tmp_path):
+    """As docs/pipelines.md says: from a milestone, with the noise that comes next."""
+    accumulation = 2
+    settings = {"gradient_accumulate_every": accumulation}
+    fast = accelerate(stock_diffusion(package, sampling_timesteps=3), seed=7)
+    trained(fast, folder, tmp_path, **settings)
+    resumed = accelerate(stock_diffusion(package, sampling_timesteps=3), seed=7)
+    trainer = trainer_of(resumed, folder, tmp_path, **settings)
+    with pytest.warns(UserWarning, match=r"no count.*consumed=step \* batch \* accumulation"):
+        trainer.load(STEPS // 2)
+    processes = trainer.accelerator.num_processes
+    consumed = trainer.step * trainer.batch_size * trainer.gradient_accumulate_every * processes
+    assert consumed == STEPS * 16 * accumulation
+    # An epoch of 100 pictures ends with a batch of 4.
+    assert consumed - fast.noise_source.consumed == 12
+    resumed.set_noise(seed=7, consumed=consumed)
+    trainer.train_num_steps = STEPS + 1
+    trainer.train()
+    assert resumed.noise_source.consumed == consumed + 16 * accumulation
+
+
+def test_loading_warns_where_noise_would_come_again():
+    states = stock_diffusion(package).state_dict()
+    fast = accelerate(stock_diffusion(package), seed=7)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            assert fast.load_state_dict(states).missing_keys == []
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for settings in ({}, {"source": "torch"}, {"seed": 7, "consumed": 32}):
+            other = accelerate(stock_diffusion(package))
+            other.set_noise(**settings)
+            other.load_state_dict(states, strict=False, assign=False)
 
 
 def test_addressed_noise_and_a_milestone(folder, tmp_path):

@@ -98,9 +98,13 @@ class Tables:
 
     def warn_once(self, reason: str) -> None:
         """Says once for this object why something is left to plain PyTorch."""
-        if reason not in self._warned:
-            self._warned.add(reason)
-            warnings.warn(f"ddpm_fast leaves this to plain PyTorch: {reason}", stacklevel=4)
+        self.say_once(f"ddpm_fast leaves this to plain PyTorch: {reason}", stacklevel=5)
+
+    def say_once(self, message: str, stacklevel: int = 3) -> None:
+        """A warning, once for this object."""
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, stacklevel=stacklevel)
 
 
 def ddim_times(num_timesteps: int, num_steps: int) -> list[int]:

@@ -42,6 +42,17 @@ class FastTraining(Accelerated):
     immiscible: bool
     offset_noise_strength: float
 
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The stock method, which knows of no count: warns where the seed's noise begins anew."""
+        source = self.noise_source
+        if source.seed is not None and source.consumed == 0:
+            self._tables.say_once(
+                "a state_dict has no count of the samples trained on: with a seed, training now "
+                "begins with the noise of sample 0. Where it goes on, say where: "
+                "set_noise(seed=..., consumed=step * batch * accumulation * processes)"
+            )
+        return super().load_state_dict(*args, **kwargs)  # type: ignore[misc]
+
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
         """√ᾱ_t x_0 + √(1−ᾱ_t) ε; addressed noise is that of the next samples to train on."""
         address = self._training_address(x_start) if noise is None else UNUSED
