@@ -1,4 +1,4 @@
-"""State dicts that are wrapped: names that all begin alike, other things beside them in the file."""
+"""State dicts that are wrapped: names that all begin alike, other things beside them in a file."""
 
 from __future__ import annotations
 
