@@ -1,4 +1,4 @@
-"""What accelerating an OpenAI object does to it, what is refused, and addressed noise."""
+"""What accelerating an OpenAI object does to it, and what is refused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from openai_cases import MEANS, PEERS, SHAPE, VARIANCES, diffusion_of, images, model_of, start
 
-from ddpm_fast import NoiseSchedule, Sampler, accelerate, randn
+from ddpm_fast import NoiseSchedule, Sampler, accelerate
 from ddpm_fast.integrations import openai
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -142,32 +142,6 @@ def test_nothing_is_copied_to_the_device_in_a_step(monkeypatch):
         fast.ddim_reverse_sample(model, start(), T, **options)
         fast.p_sample(model, start(), T, **options)
     fast.training_losses(model, images(), T)
-
-
-@pytest.mark.parametrize("method", LOOPS)
-def test_the_split_into_batches_does_not_matter(method):
-    ids = [7, 0, 2**40, 3]
-    fast = accelerate(diffusion_of(spacing="10"), seed=4, sample_ids=ids)
-    expected = samples_of(fast, method)
-    parts = []
-    for part in (slice(1), slice(1, 4)):
-        fast.set_noise(seed=4, sample_ids=torch.tensor(ids[part]))
-        parts.append(samples_of(fast, method, shape=(len(ids[part]), *SHAPE[1:])))
-    assert torch.equal(torch.cat(parts), expected)
-    fast.set_noise(seed=5, sample_ids=ids)
-    assert not torch.equal(samples_of(fast, method), expected)
-    fast.set_noise()
-    assert not torch.equal(samples_of(fast, method), samples_of(fast, method))
-
-
-def test_a_step_alone_has_the_noise_of_the_loop():
-    fast = accelerate(diffusion_of(spacing="10"), seed=4)
-    x = randn(SHAPE, seed=4)
-    loop = fast.p_sample_loop_progressive(exact_model, SHAPE, device="cpu")
-    for i, out in zip(reversed(range(10)), loop, strict=True):
-        alone = fast.p_sample(exact_model, x, torch.full((4,), i))
-        assert torch.equal(alone["sample"], out["sample"])
-        x = out["sample"]
 
 
 @pytest.mark.parametrize("method", LOOPS)

@@ -161,6 +161,38 @@ def test_q_sample(name):
         torch.testing.assert_close(results[2:], results[:2], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", PEERS)
+def test_q_sample_by_timesteps_that_broadcast(name):
+    stock, fast = objects(name)[1:]
+    for t in (T[1:2], T[1], T.reshape(4, 1), T.int(), T[1:2].int()):
+        for dtype in (torch.float32, torch.float64):
+            results = []
+            for diffusion in (stock, fast):
+                torch.manual_seed(0)
+                results.append(diffusion.q_sample(images(dtype), t))
+            torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=1e-6)
+    for diffusion in (stock, fast):
+        with pytest.raises(RuntimeError, match="expanded size of the tensor"):
+            diffusion.q_sample(images(), T[:2])
+    fast.set_noise(seed=7)
+    first = fast.q_sample(images(), T[1:2])
+    assert fast.noise_source.consumed == 4
+    fast.set_noise(seed=7)
+    assert torch.equal(fast.q_sample(images(), T[1:2].expand(4)), first)
+
+
+def test_timesteps_of_32_bits():
+    _, stock, fast = objects("guided", "EPSILON", "LEARNED_RANGE", "RESCALED_MSE")
+    model = model_of("EPSILON", "LEARNED_RANGE")
+    found, expected, whole = (
+        d.training_losses(model, images(), t, noise=start())
+        for d, t in ((fast, T.int()), (stock, T.int()), (fast, T))
+    )
+    for key, values in found.items():
+        assert torch.equal(values, whole[key])
+        torch.testing.assert_close(values[1:], expected[key][1:], rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("clip", [True, False])
 @pytest.mark.parametrize("variance", VARIANCES)
 @pytest.mark.parametrize("mean", MEANS)

@@ -26,7 +26,10 @@ class FastLosses(AcceleratedDiffusion):
         """x_t = √ᾱ x_0 + √(1−ᾱ) ε (Ho et al. 2020, eq. 4); ε is the next of training's."""
         address, noise = self._training_noise(x_start, noise)
         tables = self._tables
-        if not (tables.is_of_betas and _served(x_start, noise)):
+        if isinstance(t, Tensor) and t.numel() == 1:
+            t = t.reshape(1).expand(len(x_start))
+        of_each = not isinstance(t, Tensor) or t.shape == x_start.shape[:1]
+        if not (of_each and tables.is_of_betas and _served(x_start, noise)):
             stock: Any = super()
             return stock.q_sample(x_start, t, noise=_drawn(x_start, address, noise))
         return _noised(tables, x_start, t, address, noise)
