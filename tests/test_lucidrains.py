@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from lucidrains_models import SIZE, TinyNet, both, images, seeded, stock_diffusion
+from lucidrains_models import SIZE, TinyNet, images, seeded, stock_diffusion
 from lucidrains_package import package_or_skip
 from torch import nn
 
@@ -67,35 +67,6 @@ def test_copies(way):
         twin.model.conv.weight.zero_()
     assert not torch.equal(twin.sample(2), expected)
     assert torch.equal(fast.sample(2), expected)
-
-
-def test_buffers_that_change():
-    """Loaded, moved and cast after acceleration, and after the tables were made."""
-    config = {"timesteps": 25, "self_condition": False}
-    other = stock_diffusion(package, beta_schedule="cosine", **config)
-    expected, _ = seeded(lambda: other.sample(2))
-    x0, t = images() * 2 - 1, torch.tensor([0, 3, 12, 24])
-    noised = other.q_sample(x0, t, torch.ones_like(x0))
-    for assign in (False, True):
-        _, fast = both(package, beta_schedule="linear", **config)
-        unlike, _ = seeded(lambda fast=fast: fast.sample(2))
-        assert (unlike - expected).abs().max() > 1e-2
-        fast.q_sample(x0, t)
-        fast.load_state_dict(copy.deepcopy(other).state_dict(), assign=assign)
-        found, _ = seeded(lambda fast=fast: fast.sample(2))
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-        torch.testing.assert_close(fast.q_sample(x0, t, torch.ones_like(x0)), noised)
-    fast.to(torch.bfloat16).to(torch.float32)
-    torch.testing.assert_close(fast.q_sample(x0, t, torch.ones_like(x0)), noised, rtol=0, atol=0.02)
-    assert not torch.equal(fast.q_sample(x0, t, torch.ones_like(x0)), noised)
-
-
-def test_buffers_made_under_inference_mode():
-    with torch.inference_mode():
-        stock, fast = both(package, timesteps=25)
-    theirs, _ = seeded(lambda: stock.sample(2))
-    ours, _ = seeded(lambda: fast.sample(2))
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
 def test_subclasses_that_leave_the_methods_alone():

@@ -58,7 +58,8 @@ def recognises(pipeline: object) -> bool:
 
 
 def accelerate(diffusion: Any, noise: NoiseSource) -> Any:
-    """The object itself, of a subclass of its class from now on: see FastDiffusion.
+    """The object itself, of a subclass of its class from now on: see FastDiffusion. Tables that
+    it has had are made anew.
 
     Raises:
         TypeError: another class, or one that overrides what would be replaced.
@@ -68,6 +69,7 @@ def accelerate(diffusion: Any, noise: NoiseSource) -> Any:
     accelerate_object(diffusion, FastDiffusion, noise)
     if "_tables" not in diffusion.__dict__:
         diffusion._tables = Tables()
+    diffusion._tables.drop()
     return diffusion
 
 

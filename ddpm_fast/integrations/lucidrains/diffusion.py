@@ -58,6 +58,8 @@ class FastDiffusion(FastTraining):
         if self._has_its_own(_IN_STEP):
             return self._stock("p_sample")(x, t, x_self_cond)
         t = int(t)
+        if t == self.num_timesteps - 1:  # of a loop that somebody else has written
+            self._tables.look(self._buffers)
         steps = self._tables.ddpm(self._buffers, self.objective)
         return self._step(steps, x, t, x_self_cond, self._address(), noisy=t > 0)
 
@@ -66,6 +68,7 @@ class FastDiffusion(FastTraining):
         """Images of ``shape``; [N, T + 1, …] of them with ``return_all_timesteps``."""
         if self._has_its_own(_IN_LOOP):
             return self._stock("p_sample_loop")(shape, return_all_timesteps)
+        self._tables.look(self._buffers)
         steps = self._tables.ddpm(self._buffers, self.objective)
         return self._loop(steps, shape, range(self.num_timesteps)[::-1], return_all_timesteps)
 
@@ -75,6 +78,7 @@ class FastDiffusion(FastTraining):
         ``return_all_timesteps``."""
         if self._has_its_own(_IN_DDIM):
             return self._stock("ddim_sample")(shape, return_all_timesteps)
+        self._tables.look(self._buffers)
         times = ddim_times(self.num_timesteps, self.sampling_timesteps)
         eta = self.ddim_sampling_eta
         steps = self._tables.ddim(self._buffers, self.objective, times, eta)
@@ -83,6 +87,7 @@ class FastDiffusion(FastTraining):
     @torch.inference_mode()
     def interpolate(self, x1: Tensor, x2: Tensor, t: int | None = None, lam: float = 0.5) -> Tensor:
         """Two images noised to timestep t, mixed, and sampled from there."""
+        self._tables.look(self._buffers)
         if not self.noise_source.is_addressed or self._has_its_own((*_IN_LOOP, "q_sample")):
             return self._stock("interpolate")(x1, x2, t, lam)
         assert x1.shape == x2.shape

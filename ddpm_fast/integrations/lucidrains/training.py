@@ -53,6 +53,17 @@ class FastTraining(Accelerated):
             )
         return super().load_state_dict(*args, **kwargs)  # type: ignore[misc]
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Of torch: also where it is a part of what is loaded."""
+        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[misc]
+        self._tables.drop()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """Of torch, below to(), half() and the like."""
+        applied = super()._apply(*args, **kwargs)  # type: ignore[misc]
+        self._tables.drop()
+        return applied
+
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
         """√ᾱ_t x_0 + √(1−ᾱ_t) ε; addressed noise is that of the next samples to train on."""
         address = self._training_address(x_start) if noise is None else UNUSED
