@@ -9,16 +9,17 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ...ops import checks
-from .tables import Plan
+from ...schedule import integer
+from .plans import Plan
 
-UNKNOWN = -1  # a timestep that cannot be read
+UNKNOWN = -(1 << 40)  # a timestep that cannot be read
 
 
 def read(plan: Plan, timestep: Any, x: Tensor) -> tuple[int, Tensor | None]:
     """A timestep as a number; or the greatest of several, or UNKNOWN, and int64 on x's device,
     0-d or one a sample."""
     if not isinstance(timestep, Tensor):
-        return checks.as_int("timestep", timestep, plan.last), None
+        return integer("timestep", timestep), None
     if timestep.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"timestep must be int64; got {timestep.dtype}")
     if timestep.numel() == 1:
@@ -36,7 +37,7 @@ def read(plan: Plan, timestep: Any, x: Tensor) -> tuple[int, Tensor | None]:
     if timestep.is_cpu:
         values = timestep.tolist()
         for t in values:
-            if not 0 <= t < plan.last or not (plan.listed is None or plan.listed[t]):
+            if not 0 <= t < plan.last or not (plan.is_open or t in plan.places):
                 raise unknown_timestep(plan, t)
         greatest = max(values, default=0)
     from_host = timestep.is_cpu  # a copy to a device has left the host when it returns

@@ -17,7 +17,6 @@ from ..accelerated import Accelerated, accelerated_class, stands_for
 from . import check_library
 from .arguments import fitted
 from .steps import FusedSteps
-from .tables import ddim_rows
 
 check_library()
 
@@ -29,7 +28,16 @@ class FastScheduler(FusedSteps, Accelerated):
 
     mixin: type[FastScheduler]
     stock: type
-    _caches = ("_plan", "_on_host", "_host_timesteps", "_forward", "_seed", "_ids", "_last_t")
+    _caches = (
+        "_plan",
+        "_plans",
+        "_on_host",
+        "_host_timesteps",
+        "_forward",
+        "_seed",
+        "_ids",
+        "_last_t",
+    )
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in self._caches}
@@ -100,7 +108,7 @@ class FastDDPMScheduler(FastScheduler, DDPMScheduler):
             arguments = model_output, timestep, sample, generator, return_dict
             return super().step(*arguments)  # type: ignore[misc]
         x_next, x0 = self._advance(
-            plan, plan.steps[None], model_output, timestep, sample, generator, None, None
+            plan, None, model_output, timestep, sample, generator, None, None
         )
         if not return_dict:
             return x_next, x0
@@ -159,18 +167,18 @@ class FastDDIMScheduler(FastScheduler, DDIMScheduler):
         plan = self._plan
         if plan is None or not plan.fits(self):
             plan = self._new_plan()
-        if plan.raises or not (sample.is_cpu or self._runs_on(sample)):
+        if plan.raises or plan.problem or not (sample.is_cpu or self._runs_on(sample)):
             self._warn(plan.problem)
             given = model_output, timestep, sample, eta, use_clipped_model_output
             more = generator, variance_noise, return_dict
             return super().step(*given, *more)  # type: ignore[misc]
-        rows = ddim_rows(plan, eta, use_clipped_model_output, self._alphas_on_host)
+        key = float(eta), bool(use_clipped_model_output)
         if eta > 0 and variance_noise is not None:
             if generator is not None:
                 raise ValueError("give a generator or variance_noise, not both")
             variance_noise = fitted(variance_noise, sample)
         x_next, x0 = self._advance(
-            plan, rows, model_output, timestep, sample, generator, variance_noise, eta > 0
+            plan, key, model_output, timestep, sample, generator, variance_noise, eta > 0
         )
         if not return_dict:
             return x_next, x0

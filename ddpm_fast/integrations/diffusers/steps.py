@@ -25,7 +25,7 @@ from .arguments import (
     unknown_timestep,
 )
 from .forward import ForwardProcess
-from .tables import Plan, Rows, plan_of
+from .plans import Plan, plan_of
 
 _LEARNED_RANGE, _LEARNED = VARIANCES.index("learned_range"), VARIANCES.index("learned")
 _MOST_OF_QUANTILE = 1 << 24  # elements that torch.quantile takes
@@ -41,15 +41,16 @@ class FusedSteps(ForwardProcess):
     noise_source: NoiseSource = NoiseSource()
     timesteps: Tensor
     _plan: Plan | None = None
+    _plans: list[Plan] | None = None  # the latest first
     _host_timesteps: tuple[Tensor, int, Tensor] | None = None  # on a device, version, on the host
     _seed: int = 0
     _ids: tuple[Any, Tensor] | None = None  # sample ids as numbers, and where the samples are
-    _last_t: int = -1  # where the trajectory stands that _seed was drawn for
+    _last_t: int = UNKNOWN  # where the trajectory stands that _seed was drawn for
 
     def _place_timesteps(self, device: str | torch.device | None) -> None:
         """Moves the timesteps, which lie on the host, and begins a new trajectory."""
         host = self.timesteps
-        self._last_t = -1
+        self._last_t = UNKNOWN
         if device is not None:
             with torch.inference_mode(False):
                 self.timesteps = placed = host.to(device)
@@ -61,13 +62,15 @@ class FusedSteps(ForwardProcess):
             placed, version, kept = self._host_timesteps
             if placed is self.timesteps and placed._version == version:
                 host = kept
-        self._plan = plan = plan_of(self, self._alphas_on_host(), host)
+        if self._plans is None:
+            self._plans = []
+        self._plan = plan = plan_of(self, self._alphas_on_host(), host, self._plans)
         return plan
 
     def _advance(
         self,
         plan: Plan,
-        rows: Rows,
+        key: Any,
         m: Tensor,
         timestep: Any,
         x: Tensor,
@@ -75,7 +78,12 @@ class FusedSteps(ForwardProcess):
         noise: Tensor | None,
         draws: bool | None,
     ) -> tuple[Tensor, Tensor]:
-        """x′ and x̂₀. ``draws``: whether the step has noise, or None: where t > 0."""
+        """x′ and x̂₀.
+
+        Args:
+            key: of the plan's rows.
+            draws: whether the step has noise, or None: where t > 0.
+        """
         t, ts = timestep, None
         if type(t) is not int:
             if isinstance(t, Tensor) and t.is_cpu and t.numel() == 1:
@@ -83,13 +91,16 @@ class FusedSteps(ForwardProcess):
             if type(t) is not int:
                 t, ts = read(plan, t, x)
         if ts is None:
-            if not 0 <= t < plan.last or not (plan.listed is None or plan.listed[t]):
+            row, steps = plan.places.get(t), None
+            if row is None and not (plan.is_open and 0 <= t < plan.last):
                 raise unknown_timestep(plan, t)
-            row, steps = plan.last - 1 - t, None
+            rows = plan.listed.get(key)
+            if rows is None or row is None:
+                rows, row = plan.rows(key, t, row)
             if draws is None:
                 draws = t > 0
         else:
-            row, steps = 0, plan.last - 1 - ts
+            rows, row, steps = plan.all_rows(key), 0, plan.last - 1 - ts
             if draws is None:
                 draws = t > 0 or t == UNKNOWN
 
@@ -102,7 +113,7 @@ class FusedSteps(ForwardProcess):
             if generator is not None or self.noise_source.source == "torch":
                 noise = from_torch(generator, shape, m)
             else:
-                seed, ids = self._address(t if ts is None else UNKNOWN, shape[0], x.device)
+                seed, ids = self._address(plan, t if ts is None else UNKNOWN, shape[0], x.device)
         elif not draws:
             noise = None
         dtype = x.dtype
@@ -118,7 +129,7 @@ class FusedSteps(ForwardProcess):
             work = torch.float64 if dtype is torch.float64 else torch.float32
             check_floating(x, m)
             if draws and noise is None:
-                index = t if ts is None else ts.expand(shape[0])
+                index = ts.expand(shape[0]) if ts is not None else plan.index_of(t)
                 noise = randn(
                     shape, seed=seed, sample_ids=ids, stream=STREAM, index=index, device=x.device
                 )
@@ -142,13 +153,16 @@ class FusedSteps(ForwardProcess):
             )
         return x_next, x0 if x0.dtype is x0_dtype else x0.to(x0_dtype)
 
-    def _address(self, t: int, samples: int, device: torch.device) -> tuple[int, Tensor | None]:
+    def _address(
+        self, plan: Plan, t: int, samples: int, device: torch.device
+    ) -> tuple[int, Tensor | None]:
         """The seed in [0, 2^64) and the ids of a step's noise; a fresh seed for each trajectory,
-        which ends where t does not go down."""
+        which ends where t is not the next of the list."""
         source = self.noise_source
         seed = source.seed
         if seed is None:
-            if not 0 <= t < self._last_t:
+            place = plan.places.get(t, 0)
+            if not place or plan.timesteps[place - 1] != self._last_t:  # type: ignore[index]
                 self._seed = fresh_seed()
             seed, self._last_t = self._seed, t
         ids = source.sample_ids
