@@ -105,6 +105,15 @@ def test_arrays_are_replaced(name):
     assert any(not torch.equal(after[key], before[key]) for key in before)
 
 
+@pytest.mark.filterwarnings("ignore:losses and bits/dim stay the stock formulas")
+@pytest.mark.parametrize("name", ["sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"])
+def test_arrays_of_losses_without_a_bound(name):
+    stock, fast = both("EPSILON", "FIXED_SMALL")
+    for diffusion in (stock, fast):
+        setattr(diffusion, name, 0.9 * getattr(diffusion, name))
+    assert_same(stock, fast, variance="FIXED_SMALL")
+
+
 def test_whole_schedules_are_replaced():
     stock, fast = both(*RANGE)
     other = diffusion_of("guided", *RANGE, steps=30, spacing="12", rescale=True)

@@ -152,7 +152,7 @@ class FastSampling(AcceleratedDiffusion):
         sample, x0_hat = tables.steps.take(
             state,
             output,
-            _row(t, at, tables),
+            t.long() if at is None else at,
             address,
             clip=choices.clip,
             noise=noise,
@@ -237,7 +237,7 @@ class FastSampling(AcceleratedDiffusion):
         sample, x0_hat = steps(tables, choices.cond_fn is not None).take(
             state,
             output,
-            _row(t, at, tables),
+            t.long() if at is None else at,
             address,
             clip=clip,
             noise=self._drawn(x) if draws else None,
@@ -252,11 +252,6 @@ class FastSampling(AcceleratedDiffusion):
             return True
         owner = next(c for c in type(self).__mro__ if method in vars(c))
         return owner.__name__ not in STOCK_NAMES
-
-
-def _row(t: Tensor, at: int | None, tables: Tables) -> int | Tensor:
-    """As a tensor where it is still to be checked: num_timesteps may be more than there are."""
-    return t.long() if at is None or at >= len(tables) else at
 
 
 def _device_of(model: Any, shape: Any, choices: Choices) -> torch.device:
