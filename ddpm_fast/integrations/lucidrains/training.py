@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,18 @@ UNUSED: Address = (0, None)  # where torch draws
 FLOAT64 = "its tensors are float64, which the kernels do not take"
 _DATA_GRADIENT = "p_losses of an x_start or noise that requires grad"
 _IN_LOSSES = ("q_sample", "predict_v")  # what p_losses stands for, model_predictions it calls
+
+
+class _Batch(NamedTuple):
+    """What p_losses has made before it calls the model."""
+
+    x: Tensor  # x_t
+    noise: Tensor | None  # ε with its offset; None where it lies at the address
+    offset: Tensor | None  # [N, C, 1, 1] to be added to ε at the address
+    address: Address
+    takes: bool  # whether the kernels take these arguments
+    coin: bool  # whether the model is to see a first x̂₀
+    is_stock: bool  # whether the stock method does the rest
 
 
 class FastTraining(Accelerated):
@@ -66,6 +78,13 @@ class FastTraining(Accelerated):
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
         """√ᾱ_t x_0 + √(1−ᾱ_t) ε; addressed noise is that of the next samples to train on."""
+        if torch.compiler.is_compiling():
+            from .uncompiled import x_t_of
+        else:
+            x_t_of = FastTraining._x_t
+        return x_t_of(self, x_start, t, noise)
+
+    def _x_t(self, x_start: Tensor, t: Tensor, noise: Tensor | None) -> Tensor:
         address = self._training_address(x_start) if noise is None else UNUSED
         return self._noised(x_start, t, noise, address, self._takes(x_start, t, noise))
 
@@ -78,17 +97,33 @@ class FastTraining(Accelerated):
         loss_reduction: str = "mean",
     ) -> Tensor:
         """The weighted squared error of the model's prediction; [N] of it for "none"."""
+        if torch.compiler.is_compiling():
+            from .uncompiled import batch_of, loss_of
+        else:
+            batch_of, loss_of = FastTraining._batch, FastTraining._loss
+        batch = batch_of(self, x_start, t, noise, offset_noise_strength)
+        if batch.is_stock:
+            loss: Tensor = super().p_losses(x_start, t, batch.noise, 0.0, loss_reduction)  # type: ignore[misc]
+            return loss
+        x_self_cond = None
+        if batch.coin:
+            with torch.no_grad():
+                x_self_cond = self.model_predictions(batch.x, t).pred_x_start.detach()
+        output = self.model(batch.x, t, x_self_cond)
+        return loss_of(self, output, x_start, t, batch, loss_reduction)
+
+    def _batch(
+        self, x_start: Tensor, t: Tensor, noise: Tensor | None, offset_strength: float | None
+    ) -> _Batch:
         samples, channels, _, _ = x_start.shape
-        strength = self.offset_noise_strength
-        if offset_noise_strength is not None:
-            strength = offset_noise_strength
+        strength = self.offset_noise_strength if offset_strength is None else offset_strength
         addressed = self.noise_source.is_addressed
         address = UNUSED
         if noise is None or strength > 0:
             address = self._training_address(x_start)
         takes = self._takes(x_start, t, noise)
-        stock = self._has_its_own(_IN_LOSSES)
-        if noise is None and (stock or not (addressed and takes and not self.immiscible)):
+        is_stock = self._has_its_own(_IN_LOSSES)
+        if noise is None and (is_stock or not (addressed and takes and not self.immiscible)):
             noise = self._noise_like(x_start, address)
         offset = None
         if strength > 0:
@@ -101,27 +136,26 @@ class FastTraining(Accelerated):
             if noise is not None:
                 noise += offset
                 offset = None
-        if stock:
-            of_stock: Tensor = super().p_losses(x_start, t, noise, 0.0, loss_reduction)  # type: ignore[misc]
-            return of_stock
-
+        if is_stock:
+            return _Batch(x_start, noise, None, address, takes, False, is_stock)
         x = self._noised(x_start, t, noise, address, takes)
         if offset is not None:
             x += self._extract("sqrt_one_minus_alphas_cumprod", t) * offset
-        x_self_cond = None
-        if self.self_condition and random.random() < 0.5:
-            with torch.no_grad():
-                x_self_cond = self.model_predictions(x, t).pred_x_start.detach()
-        output = self.model(x, t, x_self_cond)
-        dtype = torch.promote_types(output.dtype, x.dtype)
+        coin = self.self_condition and random.random() < 0.5
+        return _Batch(x, noise, offset, address, takes, coin, is_stock)
 
+    def _loss(
+        self, output: Tensor, x_start: Tensor, t: Tensor, batch: _Batch, loss_reduction: str
+    ) -> Tensor:
+        noise, offset = batch.noise, batch.offset
         total = loss_reduction != "none"
         weights = self._buffers["loss_weight"].gather(-1, t)
         if weights.dtype != torch.float64:
             weights = weights.float()
         if total:
-            weights = weights / samples
-        if takes and self._loss_is_fused(output, x_start, noise):
+            weights = weights / x_start.shape[0]
+        dtype = torch.promote_types(output.dtype, batch.x.dtype)
+        if batch.takes and self._loss_is_fused(output, x_start, noise):
             if offset is not None and self.objective == "pred_noise":
                 output = output - offset
             elif offset is not None and self.objective == "pred_v":
@@ -133,13 +167,13 @@ class FastTraining(Accelerated):
                 PREDICTIONS[self.objective],
                 x_start,
                 noise,
-                address,
+                batch.address,
                 weights,
                 total,
             )
         else:
             if noise is None:
-                noise = self._noise_like(x_start, address)
+                noise = self._noise_like(x_start, batch.address)
                 noise = noise if offset is None else noise + offset
             loss = self._loss_by_formula(output, x_start, t, noise, weights)
             loss = loss.sum() if total else loss
