@@ -78,9 +78,9 @@ class _Regression(torch.autograd.Function):
         losses, gradient = _denoising_loss(output, *arguments)  # past the dispatcher: 9 µs
         *_, in_kernel, _, ctx.scale = arguments
         ctx.apart = in_kernel is None
-        if ctx.apart:
-            losses = losses * weights
         ctx.save_for_backward(output, gradient, weights)
+        if ctx.apart:
+            return torch.dot(losses, weights) if total else losses * weights
         result: Tensor = losses.sum() if total else losses
         return result
 
