@@ -17,10 +17,12 @@ from fast_scheduler_cases import (  # noqa: E402
     output_of_model,
     pair,
 )
+from helpers import ulp  # noqa: E402
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from ddpm_fast import randn  # noqa: E402
+from ddpm_fast.integrations.diffusers import steps  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -232,6 +234,34 @@ def test_dtypes_promote_as_in_the_stock_step(stock, dtypes, prediction, limit):
     arguments = {"eta": 0.5} if isinstance(stock, DDIMScheduler) else {}
     for row, t in enumerate(stock.timesteps):
         check_step(stock, fast, output_of_model(row).to(dtypes[1]), t, x, **arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("limit", LIMITS)
+def test_variances_that_the_model_has_learned_in_any_dtype(dtype, limit, monkeypatch):
+    """σ² itself: the kernels take its root with the noise. Zero is no noise, below it is NaN."""
+    calls = []
+    real = steps.reverse_step_now
+    monkeypatch.setattr(steps, "reverse_step_now", lambda *a: calls.append(a) or real(*a))
+    stock, fast = pair(DDPMScheduler, 6, variance_type="learned", **LIMITS[limit])
+    x = randn(SHAPE, seed=5).to(dtype)
+    for row, t in enumerate(stock.timesteps):
+        m = positive(output_of_model(row, doubled=True)).to(dtype)
+        m[0, SHAPE[1], 0] = 0
+        if row == 3:
+            m[1, SHAPE[1] + 1, 2] = -0.5
+        check_step(stock, fast, m, t, x)
+    assert len(calls) == (0 if dtype == torch.float64 else 6)
+    fast.set_noise(seed=4)
+    noise = randn(SHAPE, seed=4, stream=1, index=500)
+    m = positive(output_of_model(0, doubled=True)).to(dtype)
+    fast.set_timesteps(10)
+    with_noise = fast.step(m, 500, x).prev_sample
+    m0 = m.clone()
+    m0[:, SHAPE[1] :] = 0
+    without = fast.step(m0, 500, x).prev_sample
+    expected = without.double() + m[:, SHAPE[1] :].double().sqrt() * noise.double()
+    assert (with_noise.double() - expected).abs().max() <= 2 * ulp(dtype) * expected.abs().max()
 
 
 def test_tables_in_float64():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from unittest import mock
+
 import pytest
 import torch
 from helpers import laid_out, ulp
@@ -9,13 +12,15 @@ from helpers import laid_out, ulp
 diffusers = pytest.importorskip("diffusers")
 
 from diffusers import DDIMScheduler, DDPMScheduler  # noqa: E402
-from fast_scheduler_cases import BOTH, SHAPE, generator, output_of_model, pair  # noqa: E402
+from fast_scheduler_cases import BOTH, FAST, SHAPE, generator, output_of_model, pair  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from ddpm_fast import randn  # noqa: E402
 from ddpm_fast.integrations.diffusers import forward as forward_process  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+arguments_module = import_module("ddpm_fast.integrations.diffusers.arguments")
 METHODS = ["add_noise", "get_velocity"]
 X0, EPS = randn(SHAPE, seed=1).tanh(), randn(SHAPE, seed=2)
 T = torch.tensor([999, 3])
@@ -201,6 +206,76 @@ def test_derivatives_of_a_step(case, t, dtype):
     for theirs, ours in zip(*found, strict=True):
         scale = theirs.abs().max().clamp(min=1)
         assert (theirs - ours).abs().max() < 2e-6 * scale
+
+
+@pytest.mark.parametrize("case", STEPS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_derivatives_in_low_precision(case, dtype):
+    """As near to those in float64 as the stock step's."""
+    stock, config, more = STEPS[case]
+    config = {**config, "clip_sample_range": 50.0}  # at a bound a rounding makes all the difference
+    doubled = case.startswith("learned")
+    start, output = randn(SHAPE, seed=1).to(dtype), output_of_model(3, doubled=doubled)
+    output = (output.abs() + 0.1 if case == "learned" else output).to(dtype)
+
+    def found(scheduler, dtype, **drawn):
+        x, m = (kept.to(dtype, copy=True).requires_grad_() for kept in (start, output))
+        out = scheduler.step(m, 500, x, **more, **drawn)
+        (out.prev_sample**2 + 3 * out.pred_original_sample).double().sum().backward()
+        return out.prev_sample.detach(), x.grad, m.grad
+
+    one, two = pair(stock, 20, **config)
+    wide = FAST[stock](**config)
+    wide.set_timesteps(20)
+    theirs = found(one, dtype, generator=generator())
+    ours = found(two, dtype, generator=generator())
+    with same_noise(dtype):
+        exact = found(wide, torch.float64, generator=generator())
+    for a, b, wanted in zip(ours, theirs, exact, strict=True):
+        assert a.dtype == b.dtype == dtype
+        error, allowed = ((t.double() - wanted).abs().max() for t in (a, b))
+        assert error <= 2 * allowed + 2 * ulp(dtype) * wanted.abs().max()
+
+
+def same_noise(dtype):
+    """In place of what is drawn in float64: the numbers that are drawn in ``dtype``."""
+
+    def drawn(shape, generator, device, dtype_=dtype, dtype=None):
+        return torch.randn(shape, generator=generator, device=device, dtype=dtype_).double()
+
+    return mock.patch.object(arguments_module, "randn_tensor", drawn)
+
+
+class Counted(TorchDispatchMode):
+    """The operations that run, views and allocations left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        name = function.overloadpacket.__name__
+        if isinstance(result, torch.Tensor) and result.numel() > 1 and not function.is_view:
+            self.names.append(name)
+        return result
+
+
+@pytest.mark.parametrize("case", ["ddpm", "v", "learned_range", "learned", "ddim"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_step_with_derivatives_makes_fewer_passes_than_the_stock_one(case, dtype):
+    stock, config, _ = STEPS[case]
+    counts = []
+    for scheduler in pair(stock, 20, **config):
+        x = randn(SHAPE, seed=1).to(dtype).requires_grad_()
+        m = output_of_model(3, doubled=case.startswith("learned")).abs().to(dtype)
+        for _ in range(3):  # the first ones make rows
+            with Counted() as counted:
+                scheduler.step(m, 500, x, generator=generator())
+        counts.append(counted.names)
+    theirs, ours = counts
+    assert "_to_copy" not in ours
+    assert len(ours) < len(theirs)
 
 
 def test_derivatives_with_addressed_noise_and_several_timesteps():

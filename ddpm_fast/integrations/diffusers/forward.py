@@ -47,17 +47,19 @@ class ForwardProcess:
         backward in Python takes longer than the whole of the stock formula."""
         if torch.compiler.is_compiling():
             return None  # inductor fuses the stock formula
-        device = sample.device
-        alphas = self.alphas_cumprod
-        if alphas.device != device or alphas.is_inference():
-            self._move_tables(device)
+        if (
+            (first.requires_grad or second.requires_grad) and torch.is_grad_enabled()
+        ) or first.dtype not in checks.FLOAT_DTYPES:
+            alphas = self.alphas_cumprod
+            if not (sample.is_cpu and alphas.is_cpu) or alphas.is_inference():
+                self._place_tables(sample)
+            return None
+        device = self._place_tables(sample)
         shape = first.shape
         if (
             shape != second.shape
-            or first.dtype not in checks.FLOAT_DTYPES
             or second.dtype not in checks.FLOAT_DTYPES
             or first.device != second.device
-            or (torch.is_grad_enabled() and (first.requires_grad or second.requires_grad))
             or not len(shape)
             or not isinstance(timesteps, Tensor)
             or timesteps.ndim > 1
@@ -78,6 +80,13 @@ class ForwardProcess:
         dtype = torch.promote_types(first.dtype, second.dtype)
         mixed: Tensor = run(first, t, ts, weights, 0, None, None, 0, 0, None, second, dtype)
         return mixed
+
+    def _place_tables(self, sample: Tensor) -> torch.device:
+        """ᾱ is where the sample is, whose device this returns."""
+        device, alphas = sample.device, self.alphas_cumprod
+        if alphas.device != device or alphas.is_inference():
+            self._move_tables(device)
+        return device
 
     def _serves(self, sample: Tensor) -> bool:
         return sample.is_cpu or self._runs_on(sample)

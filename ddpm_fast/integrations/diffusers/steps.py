@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from .forward import ForwardProcess
 from .plans import Plan, plan_of
 
 _LEARNED_RANGE, _LEARNED = VARIANCES.index("learned_range"), VARIANCES.index("learned")
+_MOST_OF_HALF = 65504  # a greater alpha of torch.add's raises in float16
 _MOST_OF_QUANTILE = 1 << 24  # elements that torch.quantile takes
 
 
@@ -123,21 +125,27 @@ class FusedSteps(ForwardProcess):
         if noise is not None and noise.dtype is not dtype:
             dtype = torch.promote_types(dtype, noise.dtype)
 
-        plain = plan.takes_root or dtype not in checks.FLOAT_DTYPES
+        plain = dtype not in checks.FLOAT_DTYPES
         now = not plain and forward_ad._current_level < 0 and checks.runs_now(x, m, noise)
-        if plain or (not now and _is_transformed(x, m)):
-            work = torch.float64 if dtype is torch.float64 else torch.float32
+        plain = plain or (not now and _is_transformed(x, m))
+        if noise is None and draws and (plain or plan.takes_root):
             check_floating(x, m)
-            if draws and noise is None:
-                index = ts.expand(shape[0]) if ts is not None else plan.index_of(t)
-                noise = randn(
-                    shape, seed=seed, sample_ids=ids, stream=STREAM, index=index, device=x.device
-                )
+            index = ts.expand(shape[0]) if ts is not None else plan.index_of(t)
+            noise = randn(
+                shape, seed=seed, sample_ids=ids, stream=STREAM, index=index, device=x.device
+            )
+        if plain:
+            check_floating(x, m)
+            # One number for all rounds as the stock step's does; several are float32.
+            is_one = steps is None and rows.exact.is_cpu
+            work = dtype if is_one or dtype is torch.float64 else torch.float32
             numbers = rows.at(row, steps, x, work)
             x_next, x0 = self._plain(plan, numbers, x.to(work), m.to(work), noise, code)
             x_next = x_next.to(dtype)
         else:
             given = None
+            if plan.takes_root and noise is not None:
+                noise = m[:, shape[1] :].float().sqrt() * noise
             if plan.thresholds:
                 given = self._x0(plan, rows.at(row, steps, x, torch.float32), x.float(), m.float())
             if x.dtype is not dtype:
@@ -185,7 +193,8 @@ class FusedSteps(ForwardProcess):
         if not plan.returns_output:
             x0 = _plus(x if type(c_x) is float and c_x == 1 else x * c_x, c_m, m) * r
         if plan.thresholds:
-            return self._thresholded(x0)
+            wide = x0 if x0.dtype is torch.float64 else x0.float()
+            return self._thresholded(wide).to(x0.dtype)
         return x0 if plan.clip == NO_CLIP else x0.clamp(*plan.clip)
 
     def _thresholded(self, x0: Tensor) -> Tensor:
@@ -195,7 +204,8 @@ class FusedSteps(ForwardProcess):
         count = x0[0].numel() if len(x0) else 0
         ratio = this.config.dynamic_thresholding_ratio
         if (
-            type(this)._threshold_sample is not this.stock._threshold_sample
+            "_threshold_sample" in this.__dict__
+            or type(this)._threshold_sample is not this.stock._threshold_sample
             or not 0.5 <= ratio <= 1
             or not 0 < count <= _MOST_OF_QUANTILE
         ):
@@ -220,7 +230,9 @@ class FusedSteps(ForwardProcess):
         b_0, b_x, b_m, sigma, log_min, log_max = numbers[3:]
         x0 = self._x0(plan, numbers, x, m)
         channels = x.shape[1]
-        x_next = _plus(x0 * b_0, b_x, x)
+        x_next = x0 * b_0
+        if not (type(b_x) is float and b_x == 0):
+            x_next = _plus(x_next, b_x, x)
         if not (type(b_m) is float and b_m == 0):
             x_next = _plus(x_next, b_m, m[:, :channels])
         if noise is None:
@@ -247,6 +259,8 @@ def _is_transformed(x: Tensor, m: Tensor) -> bool:
 
 def _plus(a: Any, number: Any, b: Tensor) -> Tensor:
     """a + number · b."""
-    if type(number) is float and isinstance(a, Tensor):
-        return torch.add(a, b, alpha=number)
-    return torch.addcmul(a, b, number) if isinstance(a, Tensor) else a + number * b
+    if type(number) is not float:
+        return torch.addcmul(a, b, number) if isinstance(a, Tensor) else a + number * b
+    if not isinstance(a, Tensor) or _MOST_OF_HALF < abs(number) < math.inf:
+        return a + number * b
+    return torch.add(a, b, alpha=number)
