@@ -1,6 +1,6 @@
 """OpenAI's objects accelerated, against the stock code, for which tests/openai_diffusion.py stands
-in, around a model that costs nothing: a step, the training losses with their gradient, and the
-whole of calc_bpd_loop."""
+in, around a model that costs nothing: a step, with what may be asked of it besides, the training
+losses with their gradient, and the whole of calc_bpd_loop."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from results import OURS
 from ddpm_fast import accelerate, randn
 
 STEPS, KEPT = 1000, 250
-BPD_STEPS, BPD_ROUNDS = 250, 3  # of calc_bpd_loop
+BPD_STEPS, BPD_ROUNDS = {16: 250, 128: 50}, 3  # of calc_bpd_loop, by batch
+CHOICES_SIZE = (16, 3, 32, 32)
 OF = peer("guided")
 
 
@@ -66,6 +67,46 @@ def bench_step(compare, size, method, variance, device):
     compare(name, x.numel(), 4 * (3 * x.numel() + output.numel()), candidates, check)
 
 
+@pytest.mark.parametrize("choice", ["cond_fn", "denoised_fn", "gradients", "float64"])
+def bench_step_choices(compare, choice, device):
+    """p_sample with a function of the user's own (which costs nothing, too), in float64, or as
+    guided methods differentiate it: by x_t and by the model's output."""
+    variance, size = "LEARNED_RANGE", CHOICES_SIZE
+    x, output = tensors(size, variance, device)
+    t = torch.arange(size[0], device=device) * 7 + 1
+    if choice == "float64":
+        x, output = x.double(), output.double()
+    slope, options = 0.1 * x, {}
+    if choice == "cond_fn":
+        options = {"cond_fn": lambda x, t: slope, "model_kwargs": {}}
+    elif choice == "denoised_fn":
+        options = {"denoised_fn": lambda x0: x0}
+    stock, fast = diffusion_of(variance), accelerate(diffusion_of(variance))
+    torch_noise = accelerate(diffusion_of(variance), noise="torch")
+
+    def step(diffusion):
+        if choice != "gradients":
+            return diffusion.p_sample(model_of(output), x, t, **options)
+        with torch.inference_mode(False), torch.enable_grad():
+            leaves = [tensor.clone().requires_grad_() for tensor in (x, output)]
+            out = diffusion.p_sample(model_of(leaves[1]), leaves[0], t)
+            total = out["sample"].square().sum() + out["pred_xstart"].square().sum()
+            return torch.autograd.grad(total, leaves)
+
+    def check() -> None:
+        results = []
+        for diffusion in (stock, torch_noise):
+            torch.manual_seed(0)
+            results.append(step(diffusion))
+        torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
+
+    candidates = ours(lambda: step(fast), device)
+    candidates["OpenAI"] = lambda: step(stock)
+    candidates["our kernel, torch's noise"] = lambda: step(torch_noise)
+    nbytes = x.element_size() * (3 * x.numel() + output.numel())
+    compare(f"OpenAI p_sample {choice}", x.numel(), nbytes, candidates, check)
+
+
 @pytest.mark.parametrize("variance", ["LEARNED_RANGE", "FIXED_LARGE"])
 def bench_training_losses(compare, size, variance, device):
     """Noise, x_t, losses and the gradient of the model's output."""
@@ -94,13 +135,14 @@ def bench_training_losses(compare, size, variance, device):
 
 
 @pytest.mark.parametrize("variance", ["LEARNED_RANGE", "FIXED_LARGE"])
-@pytest.mark.parametrize("batch", [16, 128])
+@pytest.mark.parametrize("batch", list(BPD_STEPS))
 def bench_calc_bpd_loop(record, batch, variance, device):
     """Whole loops in turn: theirs takes seconds."""
     x0, output = tensors((batch, 3, 32, 32), variance, device)
     x0 = x0.clamp(-1, 1).mul(127.5).round().div(127.5)
-    candidates = {"OpenAI": diffusion_of(variance, kept=BPD_STEPS)}
-    candidates[OURS] = accelerate(diffusion_of(variance, kept=BPD_STEPS), noise="torch")
+    steps = BPD_STEPS[batch]
+    candidates = {"OpenAI": diffusion_of(variance, kept=steps)}
+    candidates[OURS] = accelerate(diffusion_of(variance, kept=steps), noise="torch")
     results = []
     for diffusion in candidates.values():
         torch.manual_seed(0)
@@ -116,4 +158,4 @@ def bench_calc_bpd_loop(record, batch, variance, device):
         return time.perf_counter() - begin
 
     rounds = [{name: seconds(d) for name, d in candidates.items()} for _ in range(BPD_ROUNDS)]
-    record(f"OpenAI calc_bpd_loop {variance.lower()}", BPD_STEPS * x0.numel(), rounds)
+    record(f"OpenAI calc_bpd_loop {variance.lower()}", steps * x0.numel(), rounds)
