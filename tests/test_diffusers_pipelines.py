@@ -138,7 +138,10 @@ def test_the_unets_dtype_and_layout_are_opted_into():
     accelerate(pipe, memory_format=torch.channels_last)
     assert pipe.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     assert (images(pipe) - expected).abs().max() < 1e-4
-    accelerate(pipe, dtype=torch.bfloat16)
+    with pytest.warns(RuntimeWarning, match='output_type="pt"') as caught:
+        accelerate(pipe, dtype=torch.bfloat16)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
     assert images(pipe).dtype == torch.bfloat16
 
 
@@ -215,6 +218,27 @@ def test_a_later_version_is_known_by_what_its_schedulers_take(another_version):
     another_version.setattr(DDIMScheduler, "step", step)
     with pytest.raises(RuntimeError, match=r"DDIMScheduler.step takes \(self, model_output"):
         accelerate(pipe_of(DDPMPipeline))
+
+
+def test_what_diffusers_makes_of_the_components_is_stock():
+    """Its constructor makes a scheduler of its own class anew: accelerate comes last."""
+    pipe = accelerate(pipe_of(DDPMPipeline))
+    for made in (DDIMPipeline(**pipe.components), DDIMPipeline.from_pipe(pipe)):
+        assert type(made.scheduler) is DDIMScheduler
+        assert type(accelerate(made).scheduler) is FAST[DDIMScheduler]
+
+
+@pytest.mark.parametrize("cls", PIPELINES)
+def test_trailing_steps_that_end_below_zero(cls):
+    """The stock list ends with −1 for 61 steps, and its ᾱ wraps around."""
+    more = {"num_inference_steps": 61}
+    stock = pipe_of(cls, timestep_spacing="trailing")
+    fast = accelerate(pipe_of(cls, timestep_spacing="trailing"))
+    found, expected = images(fast, **more), images(stock, **more)
+    assert stock.scheduler.timesteps[-1] == -1
+    assert found.isfinite().all()
+    if cls is DDPMPipeline:  # without noise this model takes roundings to another image
+        assert (found - expected).abs().max() < 1e-4
 
 
 def test_importing_the_package_does_not_import_diffusers():
@@ -339,6 +363,48 @@ class TestFromPipeline:
         with pytest.raises(ValueError, match=words):
             Sampler.from_pipeline(pipe_of(DDPMPipeline, variance_type=variance))
         assert Sampler.from_pipeline(pipe_of(DDPMPipeline, variance_type="fixed_small_log"))
+
+    @pytest.mark.parametrize("num_steps", [61, 103, 121])
+    @pytest.mark.parametrize("cls", PIPELINES)
+    def test_the_minus_one_of_a_trailing_list_is_left_out(self, cls, num_steps):
+        pipe = pipe_of(cls, timestep_spacing="trailing")
+        pipe.scheduler.set_timesteps(num_steps)
+        assert pipe.scheduler.timesteps.tolist()[-1] == -1
+        for sampler in (
+            Sampler.from_pipeline(pipe),
+            Sampler.from_pipeline(pipe, num_steps=num_steps),
+        ):
+            assert len(sampler) == num_steps
+            assert sampler.table.timesteps.tolist() == pipe.scheduler.timesteps.tolist()[:-1]
+
+    @pytest.mark.parametrize(
+        ("num_steps", "error", "words"),
+        [
+            (0, ValueError, r"num_steps must lie in 1 … 1000; got 0"),
+            (-3, ValueError, "got -3"),
+            (1001, ValueError, "got 1001"),
+            (2.5, TypeError, "num_steps must be an integer; got 2.5"),
+        ],
+    )
+    @pytest.mark.parametrize("cls", PIPELINES)
+    def test_no_number_of_steps(self, cls, num_steps, error, words):
+        with pytest.raises(error, match=words):
+            Sampler.from_pipeline(pipe_of(cls), num_steps=num_steps)
+
+    def test_an_offloaded_pipeline_says_where_it_computes(self, monkeypatch):
+        pipe = pipe_of(DDPMPipeline)
+        assert Sampler.from_pipeline(pipe).device is None
+        elsewhere = property(lambda self: torch.device("cuda", 1))
+        monkeypatch.setattr(DDPMPipeline, "_execution_device", elsewhere)
+        assert Sampler.from_pipeline(pipe).device == torch.device("cuda", 1)
+        assert Sampler.from_pipeline(pipe, device="cpu").device == torch.device("cpu")
+        assert Sampler.from_pipeline(pipe, model=tiny_unet()).device is None
+
+    def test_a_model_without_its_weights(self):
+        pipe = pipe_of(DDPMPipeline)
+        pipe.unet.to("meta")
+        with pytest.raises(ValueError, match="on meta, as sequential offloading leaves them"):
+            Sampler.from_pipeline(pipe)
 
     def test_another_scheduler(self):
         with pytest.raises(TypeError, match="PNDMScheduler"):

@@ -10,13 +10,14 @@ import copy
 import functools
 import inspect
 import re
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ...ops.checks import FLOAT_DTYPES
-from ...schedule import NoiseSchedule
+from ...schedule import NoiseSchedule, integer
 from ..accelerated import accelerate_object
 from ..noise import NoiseSource
 
@@ -91,7 +92,8 @@ def accelerate(
     Args:
         memory_format: of the pipeline's UNet from now on. It may pick other convolutions, whose
             results differ by rounding.
-        dtype: of the pipeline's UNet and so of its images from now on.
+        dtype: of the pipeline's UNet and so of its images from now on. bfloat16 comes with a
+            warning: it needs output_type="pt".
 
     Raises:
         TypeError: a scheduler of another class, a subclass included, since nothing is known of what
@@ -123,6 +125,13 @@ def accelerate(
             restore()
         raise
     fast.noise_source = noise
+    if dtype is torch.bfloat16:
+        warnings.warn(
+            "diffusers makes numpy arrays of the images, which have no bfloat16: call the pipeline "
+            'with output_type="pt"',
+            RuntimeWarning,
+            stacklevel=3,
+        )
     return pipeline
 
 
@@ -214,17 +223,28 @@ def sampler_arguments(pipeline: Any, model: Any, num_steps: int | None) -> dict[
 
     Raises:
         TypeError: a scheduler that ``accelerate`` does not know; a scheduler without a model.
-        ValueError: a variance that Sampler does not have.
+        ValueError: a variance that Sampler does not have; no steps; a model without its weights.
     """
     check_library()
     scheduler = pipeline
+    device = None
     if _is_one_of(pipeline, _PIPELINES):
         scheduler = pipeline.scheduler
-        model = pipeline.unet if model is None else model
+        if model is None:
+            model = pipeline.unet
+            device = _device_elsewhere(pipeline, model)
     _check_scheduler(scheduler)
     if model is None:
         raise TypeError("a scheduler holds no model: give model")
+    if isinstance(model, nn.Module) and any(p.is_meta for p in model.parameters()):
+        raise ValueError(
+            "the model's parameters are on meta, as sequential offloading leaves them: load the "
+            "pipeline without it"
+        )
     if num_steps is not None:
+        most = scheduler.config.num_train_timesteps
+        if not 1 <= integer("num_steps", num_steps) <= most:
+            raise ValueError(f"num_steps must lie in 1 … {most}; got {num_steps}")
         scheduler = copy.deepcopy(scheduler)
         scheduler.set_timesteps(num_steps)
     config = scheduler.config
@@ -233,9 +253,12 @@ def sampler_arguments(pipeline: Any, model: Any, num_steps: int | None) -> dict[
         "model": model,
         "schedule": NoiseSchedule(betas.detach().to("cpu", torch.float64)),
         "prediction": config.prediction_type,
-        "timesteps": [int(t) for t in scheduler.timesteps.tolist()],
+        # Rounding adds a −1 to some lists of trailing spacing, past the steps asked for.
+        "timesteps": [int(t) for t in scheduler.timesteps.tolist() if t != -1],
         "clip": None,
     }
+    if device is not None:
+        arguments["device"] = device
     if _is_one_of(scheduler, ("DDIMScheduler",)):
         arguments |= {"method": "ddim", "eps_source": "model"}
     else:
@@ -246,6 +269,17 @@ def sampler_arguments(pipeline: Any, model: Any, num_steps: int | None) -> dict[
     elif config.clip_sample:
         arguments["clip"] = (-config.clip_sample_range, config.clip_sample_range)
     return arguments
+
+
+def _device_elsewhere(pipeline: Any, model: Any) -> torch.device | None:
+    """Where an offloaded pipeline computes, if its model does not wait there."""
+    device = getattr(pipeline, "_execution_device", None)
+    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    if device is None or parameter is None:
+        return None
+    device = torch.device(device)
+    same = parameter.device.type == device.type
+    return None if same and device.index in (None, parameter.device.index) else device
 
 
 def _variance(kind: str) -> str:
