@@ -170,10 +170,8 @@ class AcceleratedDiffusion(Accelerated):
             return wrapped
         wrapped.__class__ = _with_kept_map(type(wrapped))
         steps = wrapped.timestep_map
-        scale = (
-            getattr(wrapped, name, None) for name in ("rescale_timesteps", "original_num_steps")
-        )
-        told_of = (len(steps), *scale)
+        scales = getattr(wrapped, "rescale_timesteps", None)
+        told_of = (len(steps), scales, getattr(wrapped, "original_num_steps", None))
         kept = self.__dict__.get("_told")
         if kept is None or kept[0] is not steps or kept[1] != told_of:
             kept = self.__dict__["_told"] = steps, told_of, {}
