@@ -231,6 +231,20 @@ def test_gradients_of_the_noise():
     assert (found[0] - found[1]).abs().max() <= 64 * FLOAT32 * found[0].abs().max()
 
 
+def test_torch_func():
+    """Transforms of torch.func go through the formula in PyTorch."""
+    stock, fast = both(package)
+    weights = dict(stock.named_parameters())
+
+    def loss(values, diffusion):
+        torch.manual_seed(1)
+        return torch.func.functional_call(diffusion, values, (images(),))
+
+    theirs, ours = (torch.func.grad(loss)(weights, d) for d in (stock, fast))
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-5, atol=1e-6)
+
+
 def test_one_timestep_for_all():
     """[1] of it broadcasts in the stock code."""
     stock, fast = both(package)

@@ -134,6 +134,19 @@ def test_what_the_kernels_do_not_differentiate_stays_stock():
     assert wide[1]["loss"].dtype == torch.float64
 
 
+def test_torch_func():
+    """Transforms of torch.func go through the stock formula."""
+    _, stock, fast = objects("guided", "EPSILON", "LEARNED_RANGE", "RESCALED_MSE")
+    model = model_of("EPSILON", "LEARNED_RANGE")
+
+    def loss(factor, diffusion):
+        scaled = lambda x, t: factor * model(x, t)  # noqa: E731
+        return diffusion.training_losses(scaled, images(), T, noise=start())["loss"].mean()
+
+    theirs, ours = (torch.func.grad(loss)(torch.tensor(0.3), d) for d in (stock, fast))
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_low_precision_models():
     """As autocast leaves a model's output."""
     _, stock, fast = objects("guided", "EPSILON", "LEARNED_RANGE", "RESCALED_MSE")

@@ -238,6 +238,8 @@ class FastTraining(Accelerated):
 
     def _takes(self, x_start: Tensor, t: Tensor, noise: Tensor | None) -> bool:
         """Whether the kernels take these, or noise like x_start; warns of float64."""
+        if torch._C._are_functorch_transforms_active():
+            return False
         betas = self._buffers["betas"].dtype
         if (
             x_start.dtype in FLOAT_DTYPES

@@ -185,9 +185,10 @@ def _bound(
 
 
 def _served(x_start: Tensor, noise: Tensor | None) -> bool:
-    """Whether the kernels take such tensors: no float64, and no gradients but the model's."""
+    """Whether the kernels take such tensors: no float64, no gradients but the model's, and no
+    transform of torch.func at work."""
     tensors = [x_start] if noise is None else [x_start, noise]
-    return all(
+    return not torch._C._are_functorch_transforms_active() and all(
         tensor.dtype in FLOAT_DTYPES and not (tensor.requires_grad and torch.is_grad_enabled())
         for tensor in tensors
     )
