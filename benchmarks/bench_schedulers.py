@@ -105,6 +105,40 @@ def bench_configurations(compare, device, config, shape):
     )
 
 
+def whole(scheduler: Any, num_steps: int, x: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
+    """A trajectory as a pipeline has it, without the model."""
+    scheduler.set_timesteps(num_steps)
+    for t in scheduler.timesteps:
+        x = scheduler.step(m, t, x).prev_sample
+    return x
+
+
+@pytest.mark.parametrize("num_steps", [1, 4, 10])
+@pytest.mark.parametrize("stock", FAST, ids=["ddpm", "ddim"])
+def bench_short_trajectories(compare, device, stock, num_steps):
+    """Where what a list of timesteps costs is not spread over many steps."""
+    x, m = (randn(SMALL, seed=seed, device=device) for seed in (1, 2))
+    schedulers = {OURS: FAST[stock](), "diffusers": stock()}
+    schedulers[OURS].set_noise("torch")
+    candidates = {
+        name: lambda scheduler=scheduler: whole(scheduler, num_steps, x, m)
+        for name, scheduler in schedulers.items()
+    }
+
+    def check() -> None:
+        both = []
+        for scheduler in schedulers.values():
+            torch.manual_seed(3)
+            both.append(whole(scheduler, num_steps, x, m))
+        assert (both[0] - both[1]).abs().max() < 1e-4
+        schedulers[OURS].set_noise()
+
+    name = "ddpm" if stock is DDPMScheduler else "ddim"
+    moved = 16 * num_steps * x.numel()
+    case = f"scheduler {name} trajectory of {num_steps}"
+    compare(case, num_steps * x.numel(), moved, candidates, check)
+
+
 @pytest.mark.parametrize("shape", [SMALL, MIDDLE], ids=str)
 @pytest.mark.parametrize("method", ["add_noise", "get_velocity"])
 def bench_forward_process(compare, device, method, shape):

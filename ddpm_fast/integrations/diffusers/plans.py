@@ -18,6 +18,7 @@ from .tables import LEARNED, UNLISTED, Array, Rows, plainly
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 _METHODS = ("_get_variance", "previous_timestep")  # that the rows stand for
 _MOST_PLANS, _MOST_ROWS = 4, 32
+_FEW = 10  # rows that take hardly longer to make than one
 
 
 @dataclass(eq=False)
@@ -118,13 +119,15 @@ class Plan:
 
     def rows(self, key: Any, t: int, place: int | None) -> tuple[Rows, int]:
         """Rows that hold those of timestep t, which has this place in the list, and which it is.
-        An η that is met for the first time may be one of many: it has a row made for it alone."""
+        An η that is met for the first time may be one of many: it has a row made for it alone,
+        unless the list is short."""
         if not isinstance(self.alphas, np.ndarray):
             return self.all_rows(key), self.last - 1 - t
         kept = self.all if place is None else self.listed
         rows = kept.get(key)
         if rows is None:
-            if key is not None and key not in self.once:
+            few = place is not None and len(self.places) <= _FEW
+            if key is not None and not few and key not in self.once:
                 _keep(self.once, key, None)
                 return self._make(key, np.array([t])), 0
             if place is None:

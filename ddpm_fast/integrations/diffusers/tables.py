@@ -105,17 +105,20 @@ def ddpm_columns(
         variance = beta_step
     elif kind == "fixed_large_log":
         variance = _log(beta_step)  # and its root is NaN, there as here
+    signal, noise, signal_before, shrunk, root = _roots(
+        alphas, beta, alphas_before, alpha_step, variance
+    )
     if kind in LEARNED:
         sigma = xp.ones_like(small)
     elif use == "fixed_small_log":
         sigma = variance
     else:
-        sigma = _exp(0.5 * variance) if use == "learned_range" else _sqrt(variance)
-    b_0 = _sqrt(alphas_before) * beta_step / beta
-    b_x = _sqrt(alpha_step) * beta_before / beta
+        sigma = _exp(0.5 * variance) if use == "learned_range" else root
+    b_0 = signal_before * beta_step / beta
+    b_x = shrunk * beta_before / beta
     low, high = (_log(small), _log(beta_step)) if use in LEARNED else (0, 0)
     sigma = xp.where(t > 0, sigma, xp.zeros_like(sigma))
-    return *_x0_columns(xp, alphas, beta, config["prediction_type"]), b_0, b_x, 0, sigma, low, high
+    return *_x0_columns(xp, signal, noise, config["prediction_type"]), b_0, b_x, 0, sigma, low, high
 
 
 def ddim_columns(
@@ -124,33 +127,36 @@ def ddim_columns(
     """Song et al. 2021, eqs. 12 and 16."""
     xp = np if isinstance(t, np.ndarray) else torch
     beta, beta_before = 1 - alphas, 1 - alphas_before
-    sigma = eta * _sqrt((beta_before / beta) * (1 - alphas / alphas_before))
-    double = xp.float64
-    direction = xp.asarray(_sqrt(beta_before - sigma * sigma), dtype=double)
-    b_0 = xp.asarray(_sqrt(alphas_before), dtype=double)
+    signal, noise, signal_before, spread = _roots(
+        alphas, beta, alphas_before, (beta_before / beta) * (1 - alphas / alphas_before)
+    )
+    sigma = eta * spread
+    (direction,) = _roots(beta_before - sigma * sigma)
+    x0_columns = _x0_columns(xp, signal, noise, config["prediction_type"])
+    direction, b_0, signal, noise = (
+        xp.asarray(root, dtype=xp.float64) for root in (direction, signal_before, signal, noise)
+    )
     b_x: Any = 0
     b_m: Any = 0
     prediction = config["prediction_type"]
     if not clipped and prediction == "epsilon":
         b_m = direction
+    elif clipped:  # ε = (x − √ᾱ x̂₀)/√(1−ᾱ) of the clipped x̂₀
+        b_0, b_x = b_0 - direction * signal / noise, direction / noise
+    elif prediction == "sample":
+        b_x, b_m = direction / noise, -direction * signal / noise
     else:
-        signal = xp.asarray(_sqrt(alphas), dtype=double)
-        noise = xp.asarray(_sqrt(beta), dtype=double)
-        if clipped:  # ε = (x − √ᾱ x̂₀)/√(1−ᾱ) of the clipped x̂₀
-            b_0, b_x = b_0 - direction * signal / noise, direction / noise
-        elif prediction == "sample":
-            b_x, b_m = direction / noise, -direction * signal / noise
-        else:
-            b_x, b_m = direction * noise, direction * signal
+        b_x, b_m = direction * noise, direction * signal
     drawn = sigma if eta > 0 else 0
-    return *_x0_columns(xp, alphas, beta, prediction), b_0, b_x, b_m, drawn, 0, 0
+    return *x0_columns, b_0, b_x, b_m, drawn, 0, 0
 
 
-def _x0_columns(xp: Any, alphas: Array, beta: Array, prediction: str) -> tuple[Array, Array, Array]:
+def _x0_columns(
+    xp: Any, signal: Array, noise: Array, prediction: str
+) -> tuple[Array, Array, Array]:
     """r, c_x, c_m."""
     if prediction == "sample":
         return 1, 0, 1
-    signal, noise = _sqrt(alphas), _sqrt(beta)
     if prediction == "epsilon":
         return 1 / xp.asarray(signal, dtype=xp.float64), 1, -noise
     return 1, signal, -noise
@@ -159,9 +165,11 @@ def _x0_columns(xp: Any, alphas: Array, beta: Array, prediction: str) -> tuple[A
 # Torch's own functions, to the last digit, as the stock step has them: its roots are not numpy's.
 
 
-def _sqrt(numbers: Array) -> Array:
-    on_host = isinstance(numbers, np.ndarray)
-    return torch.from_numpy(numbers).sqrt().numpy() if on_host else numbers.sqrt()
+def _roots(*numbers: Array) -> Array:
+    """Of several arrays at one call: most of it is the call."""
+    if isinstance(numbers[0], np.ndarray):
+        return torch.from_numpy(np.array(numbers)).sqrt().numpy()
+    return torch.stack(numbers).sqrt()
 
 
 def _log(numbers: Array) -> Array:
@@ -180,7 +188,7 @@ def rows_of(t: Array, last: int, columns: Sequence[Array]) -> Rows:
         filled = np.empty((len(t), len(columns)))
         for place, column in enumerate(columns):
             filled[:, place] = column
-        indices = np.where(t >= 0, t, last - 1 - t) if t.min(initial=0) < 0 else t
+        indices = np.where(t >= 0, t, last - 1 - t) if (t < 0).any() else t
         return Rows(torch.from_numpy(filled), torch.from_numpy(indices))
     exact = torch.empty(len(t), len(columns), dtype=torch.float64, device=t.device)
     for place, column in enumerate(columns):
