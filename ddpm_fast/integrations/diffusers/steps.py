@@ -145,7 +145,9 @@ class FusedSteps(ForwardProcess):
         else:
             given = None
             if plan.takes_root and noise is not None:
-                noise = m[:, shape[1] :].float().sqrt() * noise
+                root = m[:, shape[1] :]
+                root = root.sqrt() if root.dtype is torch.float32 else root.float().sqrt_()
+                noise = root.mul_(noise)
             if plan.thresholds:
                 given = self._x0(plan, rows.at(row, steps, x, torch.float32), x.float(), m.float())
             if x.dtype is not dtype:
@@ -240,6 +242,8 @@ class FusedSteps(ForwardProcess):
         noise = noise.to(x.dtype)
         second = m[:, channels:]
         if plan.takes_root:
+            if type(sigma) is float:
+                return torch.addcmul(x_next, second**0.5, noise, value=sigma), x0
             noise = second**0.5 * noise
         elif code in (_LEARNED, _LEARNED_RANGE):
             if code == _LEARNED_RANGE:
