@@ -46,7 +46,7 @@ class FusedSteps(ForwardProcess):
     _plans: list[Plan] | None = None  # the latest first
     _host_timesteps: tuple[Tensor, int, Tensor] | None = None  # on a device, version, on the host
     _seed: int = 0
-    _ids: tuple[Any, Tensor] | None = None  # sample ids as numbers, and where the samples are
+    _ids: tuple[Tensor, Tensor] | None = None  # of noise_source, and where the samples are
     _last_t: int = UNKNOWN  # where the trajectory stands that _seed was drawn for
 
     def _place_timesteps(self, device: str | torch.device | None) -> None:
@@ -178,14 +178,10 @@ class FusedSteps(ForwardProcess):
         ids = source.sample_ids
         if ids is None:
             return seed, None
-        if isinstance(ids, Tensor):
-            return seed, checks.noise_address(0, ids.to(device), samples, device)[2]
-        key = tuple(ids), samples, device
-        if self._ids is None or self._ids[0] != key:
-            found = checks.noise_address(0, ids, samples, device)[2]
-            assert found is not None
-            self._ids = key, found
-        return seed, self._ids[1]
+        assert isinstance(ids, Tensor)
+        if self._ids is None or self._ids[0] is not ids or self._ids[1].device != device:
+            self._ids = ids, ids.to(device)
+        return seed, checks.noise_address(0, self._ids[1], samples, device)[2]
 
     def _x0(self, plan: Plan, numbers: list[Any], x: Tensor, m: Tensor) -> Tensor:
         """x̂₀ of the model's mean channels, clipped or thresholded."""
