@@ -631,7 +631,7 @@ def test_bad_arguments():
 
 
 def test_bad_models():
-    fails(TypeError, "model must return a tensor, or an object whose .sample is one, or a tuple that begins with one; got NoneType",
+    fails(TypeError, "object whose .sample is one, or a tuple that begins with one; got NoneType",
           model=lambda x, t: None)  # fmt: skip
     fails(ValueError, r"model must return a float tensor of shape \[6, 3, 5, 4\]; got",
           model=lambda x, t: x[:, :2])  # fmt: skip
