@@ -191,6 +191,29 @@ def test_float64_takes_the_same_step_exactly(seed):
         steps.take(x.double(), m[:, :2].double(), 3, (seed, None), clip=None)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("t", [-1, 12, torch.tensor([0, 12, 3]), torch.tensor([0, -1, 3])])
+def test_timesteps_out_of_range(t, dtype):
+    x = randn([3, 2, 4, 4], seed=0).to(dtype)
+    name = "t" if dtype == torch.float64 or isinstance(t, torch.Tensor) else "step"
+    with pytest.raises(ValueError, match=f"{name} must lie in 0 … 11"):
+        steps_of(SCHEDULE).take(x, x, t, (0, None), clip=None)
+
+
+def test_timesteps_as_the_kernel_reads_them():
+    steps, x = steps_of(SCHEDULE), randn([3, 2, 4, 4], seed=0)
+    expected = steps.take(x, x, 5, (0, None), clip=None)
+    strided = torch.tensor([5, 0, 5, 0, 5, 0])[::2]
+    for t in (torch.tensor(5).expand(3), strided):
+        found = steps.take(x, x, t, (0, None), clip=None)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    for t in (torch.tensor([5, 5, 5], dtype=torch.int32), torch.tensor([5.0, 5.0, 5.0])):
+        with pytest.raises(TypeError, match="t must be int64"):
+            steps.take(x, x, t, (0, None), clip=None)
+    with pytest.raises(ValueError, match="t must have shape"):
+        steps.take(x, x, torch.tensor([5]), (0, None), clip=None)
+
+
 @pytest.mark.parametrize("variance", ["fixed_small", "learned_range"])
 @pytest.mark.parametrize("t", [0, 5, torch.tensor([3, 0, 7])])
 def test_a_step_to_differentiate_is_the_same_step(variance, t):

@@ -231,6 +231,14 @@ def test_gradients_of_the_noise():
     assert (found[0] - found[1]).abs().max() <= 64 * FLOAT32 * found[0].abs().max()
 
 
+def test_timesteps_that_are_not_dense():
+    _, fast = both(package)
+    expected, _ = seeded(lambda: fast(images(), times=torch.tensor([7, 7, 7, 7])))
+    for times in (torch.tensor(7).expand(4), torch.tensor([7, 0] * 4)[::2]):
+        found, _ = seeded(lambda times=times: fast(images(), times=times))
+        assert torch.equal(found, expected)
+
+
 def test_torch_func():
     """Transforms of torch.func go through the formula in PyTorch."""
     stock, fast = both(package)

@@ -11,7 +11,7 @@ from ..ops import denoising_loss
 from ..ops.add_noise import STREAM
 from ..ops.checks import is_eager, noise_address
 from ..ops.denoising_loss import PREDICTIONS, _denoising_loss
-from ..ops.objective import gradient_scale
+from ..ops.objective import gradient_scale, timesteps
 from ..schedule import NoiseSchedule, Prediction
 from .noise import Address
 
@@ -43,12 +43,13 @@ def regression_loss(
     data = None if prediction == "epsilon" else x0
     if torch.is_grad_enabled() and output.requires_grad and is_eager(output, data, noise):
         seed, _, sample_ids = noise_address(*address, output.shape[0], output.device)
+        _, ts = timesteps(t, schedule, output.shape[0], output.device)
         # float16 holds neither a large weight's gradient nor a mean's share of one: it keeps that
         # of each sample's sum of squares, near m − target, and the backward pass has the weights.
         apart = output.dtype == torch.float16
         scale = gradient_scale(output, output.shape[0].bit_length())
         arguments = (
-            data, 0, t, schedule.forward_weights(output.device), PREDICTIONS.index(prediction),
+            data, 0, ts, schedule.forward_weights(output.device), PREDICTIONS.index(prediction),
             False, seed, None, sample_ids, STREAM, 0, None, noise, None if apart else weights, True,
             scale,
         )  # fmt: skip

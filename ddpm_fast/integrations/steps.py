@@ -114,7 +114,9 @@ class Steps:
             seed, _, ids = noise_address(seed, ids, x.shape[0], x.device)
         lo, hi = check_clip(clip)
         rows, timesteps = self._rising(x.device)
-        at, ts = (t, None) if type(t) is int else (0, t)
+        at, ts = t, None
+        if isinstance(t, Tensor):
+            at, ts = 0, self._checked(t, x)
         x_next, x0_hat = reverse_step_now(
             x, model_output, rows, timesteps, at, ts, seed, None, ids, self._variance, lo, hi,
             None, 1.0, None, noise, x0, return_x0,
@@ -196,13 +198,19 @@ class Steps:
             x_next = x_next + term
         return x_next.to(dtype), x0_hat.to(dtype)
 
+    def _checked(self, t: Tensor, x: Tensor) -> Tensor:
+        """Timesteps as the kernel reads them."""
+        per_sample_int("t", t, x.shape[0], x.device)
+        t = t.contiguous()
+        check_range_on_host("t", t, len(self))
+        return t
+
     def _numbers(self, t: int | Tensor, x: Tensor) -> list[Any]:
         """The nine numbers of a step, or nine tensors [N, 1, …] of x's dtype."""
         if not isinstance(t, Tensor):
             row: list[Any] = self.rows[len(self) - 1 - as_int("t", t, len(self))].tolist()
             return row
-        per_sample_int("t", t, x.shape[0], x.device)
-        check_range_on_host("t", t.contiguous(), len(self))
+        t = self._checked(t, x)
         rows = self._rows_by_device.get(x.device)
         if rows is None:
             with torch.inference_mode(False):
