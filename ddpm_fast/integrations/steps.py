@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ..ops import randn, reverse_step
 from ..ops.checks import (
@@ -16,6 +15,7 @@ from ..ops.checks import (
     as_int,
     check_range_on_host,
     check_same_shape,
+    is_transformed,
     noise_address,
     per_sample_int,
     runs_now,
@@ -99,7 +99,8 @@ class Steps:
         if model_output.dtype is not dtype:
             dtype = torch.promote_types(dtype, model_output.dtype)
             x = x.to(dtype)
-        if dtype is torch.float64 or _is_transformed(x, model_output, x0):
+        compiling = torch.compiler.is_compiling()
+        if dtype is torch.float64 or (not compiling and is_transformed(x, model_output, x0)):
             return self._by_formula(x, model_output, t, address, clip, noise, x0, dtype)
         if not self._is_plain(x, model_output, noise, x0):
             seed, ids = address
@@ -223,15 +224,6 @@ class Steps:
 def _is(number: Any, value: float) -> bool:
     """Whether a step's number is known to be this one."""
     return isinstance(number, float) and number == value
-
-
-def _is_transformed(*tensors: Tensor | None) -> bool:
-    """Whether derivatives are asked for, or a transform of torch.func is at work."""
-    return (
-        (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
-        or forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
-    ) and not torch.compiler.is_compiling()
 
 
 def _is_like(tensor: Tensor, x: Tensor) -> bool:

@@ -263,6 +263,15 @@ def is_eager(*tensors: Tensor | None) -> bool:
     return True
 
 
+def is_transformed(*tensors: Tensor | None) -> bool:
+    """Whether derivatives are asked for, or a transform of torch.func is at work."""
+    return (
+        (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 

@@ -127,7 +127,7 @@ class FusedSteps(ForwardProcess):
 
         plain = dtype not in checks.FLOAT_DTYPES
         now = not plain and forward_ad._current_level < 0 and checks.runs_now(x, m, noise)
-        plain = plain or (not now and _is_transformed(x, m))
+        plain = plain or (not now and checks.is_transformed(x, m))
         if noise is None and draws and (plain or plan.takes_root):
             check_floating(x, m)
             index = ts.expand(shape[0]) if ts is not None else plan.index_of(t)
@@ -246,15 +246,6 @@ class FusedSteps(ForwardProcess):
                 second = _plus(log_min, 0.5 * (log_max - log_min), second + 1)
             noise = (0.5 * second).exp() * noise
         return _plus(x_next, sigma, noise), x0
-
-
-def _is_transformed(x: Tensor, m: Tensor) -> bool:
-    """Whether derivatives are asked for, or a transform of torch.func is at work."""
-    return (
-        (torch.is_grad_enabled() and (x.requires_grad or m.requires_grad))
-        or forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
-    )
 
 
 def _plus(a: Any, number: Any, b: Tensor) -> Tensor:
