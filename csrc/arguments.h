@@ -4,6 +4,7 @@
 
 #include "core/add_noise.h"
 #include "core/denoising_loss.h"
+#include "core/group_norm_silu.h"
 #include "core/randn.h"
 #include "core/reverse_step.h"
 #include "core/vlb_terms.h"
@@ -166,6 +167,83 @@ inline VlbTermsParams vlb_terms_params(
   p.hybrid = hybrid;
   p.simple_weights = pointer<float>(simple_weights);
   p.vlb_weights = pointer<float>(vlb_weights);
+  return p;
+}
+
+inline GroupNormAffine group_norm_affine(uintptr_t weight, uintptr_t bias, uintptr_t emb,
+                                         int64_t emb_stride, uintptr_t scale, int64_t scale_stride,
+                                         uintptr_t shift, int64_t shift_stride) {
+  GroupNormAffine a{};
+  a.weight = pointer<float>(weight);
+  a.bias = pointer<float>(bias);
+  a.emb = pointer<float>(emb);
+  a.emb_stride = emb_stride;
+  a.scale = pointer<float>(scale);
+  a.scale_stride = scale_stride;
+  a.shift = pointer<float>(shift);
+  a.shift_stride = shift_stride;
+  return a;
+}
+
+// Strides follow the address that they belong to: sample, row, pixel.
+inline GroupNormSiluParams group_norm_silu_params(
+    uintptr_t x, int64_t x_sample, int64_t x_row, int64_t x_pixel, uintptr_t residual,
+    int64_t residual_sample, int64_t residual_row, int64_t residual_pixel, uintptr_t sum_out,
+    int64_t sum_sample, int64_t sum_row, int64_t sum_pixel, uintptr_t y, int64_t y_sample,
+    int64_t y_row, int64_t y_pixel, int dtype, int64_t samples, int64_t channels, int64_t groups,
+    int64_t rows, int64_t cols, bool channels_last, uintptr_t weight, uintptr_t bias, uintptr_t emb,
+    int64_t emb_stride, uintptr_t scale, int64_t scale_stride, uintptr_t shift,
+    int64_t shift_stride, float eps, bool silu, uintptr_t mean, uintptr_t rstd, uintptr_t scratch,
+    int64_t chunk, int64_t chunks) {
+  GroupNormSiluParams p{};
+  p.x = pointer(x);
+  p.x_strides = {x_sample, x_row, x_pixel};
+  p.residual = pointer(residual);
+  p.residual_strides = {residual_sample, residual_row, residual_pixel};
+  p.sum_out = pointer(sum_out);
+  p.sum_strides = {sum_sample, sum_row, sum_pixel};
+  p.y = pointer(y);
+  p.y_strides = {y_sample, y_row, y_pixel};
+  p.dtype = static_cast<DType>(dtype);
+  p.shape = {samples, channels, groups, rows, cols, channels_last};
+  p.affine =
+      group_norm_affine(weight, bias, emb, emb_stride, scale, scale_stride, shift, shift_stride);
+  p.eps = eps;
+  p.silu = silu;
+  p.mean = pointer<float>(mean);
+  p.rstd = pointer<float>(rstd);
+  p.scratch = pointer<float>(scratch);
+  p.chunk = chunk;
+  p.chunks = chunks;
+  return p;
+}
+
+// Of both kernels of the gradient; each has null for what it does not touch.
+inline GroupNormSiluBwdParams group_norm_silu_bwd_params(
+    uintptr_t s, int64_t s_sample, int64_t s_row, int64_t s_pixel, uintptr_t dy, uintptr_t dsum,
+    uintptr_t dx, int dtype, int64_t samples, int64_t channels, int64_t groups, int64_t rows,
+    int64_t cols, bool channels_last, uintptr_t weight, uintptr_t bias, uintptr_t emb,
+    int64_t emb_stride, uintptr_t scale, int64_t scale_stride, uintptr_t shift,
+    int64_t shift_stride, bool silu, uintptr_t mean, uintptr_t rstd, uintptr_t sums,
+    uintptr_t group_means, uintptr_t scratch, int64_t chunk, int64_t chunks) {
+  GroupNormSiluBwdParams p{};
+  p.s = pointer(s);
+  p.s_strides = {s_sample, s_row, s_pixel};
+  p.dy = pointer(dy);
+  p.dsum = pointer(dsum);
+  p.dx = pointer(dx);
+  p.dtype = static_cast<DType>(dtype);
+  p.shape = {samples, channels, groups, rows, cols, channels_last};
+  p.affine =
+      group_norm_affine(weight, bias, emb, emb_stride, scale, scale_stride, shift, shift_stride);
+  p.silu = silu;
+  p.mean = pointer<float>(mean);
+  p.rstd = pointer<float>(rstd);
+  p.sums = pointer<float>(sums);
+  p.group_means = pointer<float>(group_means);
+  p.scratch = pointer<float>(scratch);
+  p.chunk = chunk;
+  p.chunks = chunks;
   return p;
 }
 

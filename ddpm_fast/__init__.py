@@ -6,7 +6,15 @@ from .integrations import accelerate
 from .likelihood import BitsPerDim, bits_per_dim
 from .loss import DenoisingLoss, LossOutput
 from .nn import UNet, UNetConfig
-from .ops import add_noise, denoising_loss, hybrid_loss, randn, reverse_step, vlb_terms
+from .ops import (
+    add_noise,
+    denoising_loss,
+    group_norm_silu,
+    hybrid_loss,
+    randn,
+    reverse_step,
+    vlb_terms,
+)
 from .sampler import Sampler, SampleStep
 from .schedule import NoiseSchedule, StepTable
 
@@ -27,6 +35,7 @@ __all__ = [
     "backends",
     "bits_per_dim",
     "denoising_loss",
+    "group_norm_silu",
     "hybrid_loss",
     "randn",
     "reference",

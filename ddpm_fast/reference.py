@@ -17,6 +17,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .reference_network import group_moments as group_moments
+from .reference_network import group_norm_silu as group_norm_silu
 from .reference_noise import TIMESTEP_STREAM as TIMESTEP_STREAM
 from .reference_noise import antithetic_timesteps as antithetic_timesteps
 from .reference_noise import box_muller as box_muller
