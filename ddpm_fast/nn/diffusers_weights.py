@@ -18,9 +18,15 @@ if TYPE_CHECKING:
 
 
 def load(
-    cls: type[UNet], source: Any, image_size: int | None, null_class: bool, variant: str | None
+    cls: type[UNet],
+    source: Any,
+    image_size: int | None,
+    null_class: bool,
+    variant: str | None,
+    share: bool = False,
 ) -> UNet:
-    """:meth:`UNet.from_diffusers`."""
+    """:meth:`UNet.from_diffusers`. With ``share`` its weights are the source's own where they can
+    be."""
     what: object = f"the {CLASS}"
     if isinstance(source, str) or hasattr(source, "__fspath__"):
         options, tensors, what = diffusers_files.read(Path(source), variant)
@@ -36,7 +42,7 @@ def load(
     except TypeError as error:
         raise ValueError(f"{what}'s config cannot be read: {error}") from error
     tensors = {_RENAMED.sub(_renamed, name): tensor for name, tensor in tensors.items()}
-    return build(cls, config, _place, tensors, what)
+    return build(cls, config, _place, tensors, what, share)
 
 
 def _model_of(source: Any) -> Any:

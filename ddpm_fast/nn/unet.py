@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from . import checkpoint
 from .blocks import AttentionBlock, Level, ResBlock, norm, timestep_embedding, zeroed
 from .config import UNetConfig
+from .inputs import check_images, check_labels
 
 __all__ = ["UNet", "UNetConfig"]
 
@@ -83,22 +84,18 @@ class UNet(nn.Module):
             [N, out_channels, S, S] in the parameters' dtype.
 
         Raises:
-            ValueError: a side that cannot be halved so often, labels for a network that has no
-                classes, none for one that needs them, labels out of range (on the CPU, where they
-                can be looked at).
+            ValueError: an x of another shape, labels for a network that has no classes, none for
+                one that needs them, labels out of range (on the CPU, where they can be looked at).
         """
         config = self.config
-        factor = 2 ** (len(config.channels) - 1)
-        if x.shape[2] % factor or x.shape[3] % factor:
-            raise ValueError(f"x's sides must be multiples of {factor}; got {list(x.shape)}")
+        check_images(config, x)
+        check_labels(config, class_labels)
         embedded = timestep_embedding(
             t, config.time_width, cosine_first=config.cosine_first, freq_shift=config.freq_shift
         )
         emb = self.time_mlp(embedded.to(self.dtype))
         if self.class_embedding is not None:
             emb = emb + self.class_embedding(self._labels(class_labels, t))
-        elif class_labels is not None:
-            raise ValueError("class_labels given to a UNet without classes (num_classes is None)")
 
         x = self.conv_in(x)
         skips = [x]
@@ -111,19 +108,10 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
     def _labels(self, labels: Tensor | None, t: Tensor) -> Tensor:
-        classes, rows = self.config.num_classes, self.config.embedded_classes
+        classes = self.config.num_classes
         assert classes is not None
-        assert rows is not None
         if labels is None:
-            if not self.config.null_class:
-                raise ValueError("class_labels must be given to a UNet that has no null class")
             return torch.full(t.shape, classes, dtype=torch.int64, device=t.device)
-        if labels.device.type == "cpu" and not torch.compiler.is_compiling() and labels.numel():
-            lowest, highest = (int(bound) for bound in labels.aminmax())
-            if lowest < 0 or highest >= rows:
-                raise ValueError(
-                    f"class_labels must lie in 0 … {rows - 1}; got {lowest} … {highest}"
-                )
         if self.training and self.config.null_class and self.config.label_dropout > 0:
             dropped = torch.rand(labels.shape, device=labels.device) < self.config.label_dropout
             labels = torch.where(dropped, classes, labels)

@@ -41,9 +41,10 @@ def build(
     place: Callable[[str], Place],
     tensors: Mapping[str, Tensor],
     source: object,
+    share: bool = False,
 ) -> UNet:
     """A UNet in eval mode with a copy of ``tensors``, on their device; ``place`` says where each of
-    its own stands among them.
+    its own stands among them. With ``share`` they are no copy, but where several become one.
 
     Raises:
         ValueError: tensors that are missing, unknown or of another shape, in their names; names
@@ -60,9 +61,11 @@ def build(
         shapes.update(dict.fromkeys(theirs.names, shape))
     tensors = _unwrapped(source, tensors, shapes)
     checkpoint.check(source, tensors, shapes)
-    model.to_empty(device=next(iter(tensors.values())).device)
-    model.to(checkpoint.common_dtype(tensors) or torch.float32)
-    model.load_state_dict({name: _ours(theirs, tensors) for name, theirs in places.items()})
+    if not share:
+        model.to_empty(device=next(iter(tensors.values())).device)
+        model.to(checkpoint.common_dtype(tensors) or torch.float32)
+    ours = {name: _ours(theirs, tensors) for name, theirs in places.items()}
+    model.load_state_dict(ours, assign=share)
     return model.eval()
 
 
@@ -83,7 +86,8 @@ def _unwrapped(
 
 
 def _ours(place: Place, tensors: Mapping[str, Tensor]) -> Tensor:
-    tensor = torch.cat([tensors[name] for name in place.names])
+    parts = [tensors[name] for name in place.names]
+    tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
     tensor = tensor.reshape(tensor.shape[: tensor.ndim - place.ones])
     if place.heads:
         tensor = tensor.unflatten(0, (place.heads, 3, -1)).transpose(0, 1).flatten(0, 2)
