@@ -3,6 +3,7 @@
 #pragma once
 
 #include "core/add_noise.h"
+#include "core/conv2d.h"
 #include "core/denoising_loss.h"
 #include "core/group_norm_silu.h"
 #include "core/randn.h"
@@ -244,6 +245,58 @@ inline GroupNormSiluBwdParams group_norm_silu_bwd_params(
   p.scratch = pointer<float>(scratch);
   p.chunk = chunk;
   p.chunks = chunks;
+  return p;
+}
+
+inline Conv2dParams conv2d_params(uintptr_t x, int64_t x_sample, int64_t x_row, int64_t x_pixel,
+                                  uintptr_t residual, int64_t residual_sample, int64_t residual_row,
+                                  int64_t residual_pixel, uintptr_t y, int64_t y_sample,
+                                  int64_t y_row, int64_t y_pixel, int64_t phase_row,
+                                  int64_t phase_pixel, uintptr_t weights, uintptr_t bias,
+                                  int64_t bias_stride, int64_t samples, int64_t rows, int64_t cols,
+                                  int64_t c_in, int64_t c_out, int kernel, int stride, int phases) {
+  Conv2dParams p{};
+  p.x = pointer<float>(x);
+  p.x_strides = {x_sample, x_row, x_pixel};
+  p.residual = pointer<float>(residual);
+  p.residual_strides = {residual_sample, residual_row, residual_pixel};
+  p.y = pointer<float>(y);
+  p.y_strides = {y_sample, y_row, y_pixel};
+  p.phase_strides = {0, phase_row, phase_pixel};
+  p.weights = pointer<float>(weights);
+  p.bias = pointer<float>(bias);
+  p.bias_stride = bias_stride;
+  p.samples = samples;
+  p.rows = rows;
+  p.cols = cols;
+  p.c_in = c_in;
+  p.c_out = c_out;
+  p.kernel = kernel;
+  p.stride = stride;
+  p.phases = phases;
+  return p;
+}
+
+inline WinogradConv2dParams winograd_conv2d_params(
+    uintptr_t x, int64_t x_sample, int64_t x_row, int64_t x_pixel, uintptr_t residual,
+    int64_t residual_sample, int64_t residual_row, int64_t residual_pixel, uintptr_t y,
+    int64_t y_sample, int64_t y_row, int64_t y_pixel, uintptr_t weights, uintptr_t bias,
+    int64_t bias_stride, int64_t samples, int64_t rows, int64_t cols, int64_t c_in, int64_t c_out) {
+  WinogradConv2dParams p{};
+  p.x = pointer<float>(x);
+  p.x_strides = {x_sample, x_row, x_pixel};
+  p.residual = pointer<float>(residual);
+  p.residual_strides = {residual_sample, residual_row, residual_pixel};
+  p.y = pointer<float>(y);
+  p.y_strides = {y_sample, y_row, y_pixel};
+  p.weights = pointer<float>(weights);
+  p.bias = pointer<float>(bias);
+  p.bias_stride = bias_stride;
+  p.samples = samples;
+  p.rows = rows;
+  p.cols = cols;
+  p.c_in = c_in;
+  p.c_out = c_out;
   return p;
 }
 

@@ -17,13 +17,9 @@
 
 #include "convert.h"
 #include "exp.h"
+#include "pixel_strides.h"
 
 namespace ddpm_fast {
-
-// From sample to sample, row to row and pixel to pixel, in elements.
-struct PixelStrides {
-  int64_t sample, row, pixel;
-};
 
 // How activations lie: in channels_last at strides of their own, channels side by side; otherwise
 // dense, [samples, channels, rows * cols].

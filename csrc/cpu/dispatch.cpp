@@ -16,6 +16,8 @@ struct KernelSet {
   void (*reverse_step)(const ReverseStepParams&, int);
   void (*denoising_loss)(const DenoisingLossParams&, int);
   void (*vlb_terms)(const VlbTermsParams&, int);
+  void (*conv2d)(const Conv2dParams&, int);
+  void (*winograd_conv2d)(const WinogradConv2dParams&, int);
 };
 
 #if defined(__x86_64__)
@@ -29,9 +31,10 @@ bool has_avx512() {
 }
 #endif
 
-#define DDPM_FAST_KERNEL_SET(isa, supported)                                                     \
-  {#isa,          supported, isa::randn, isa::add_noise, isa::reverse_step, isa::denoising_loss, \
-   isa::vlb_terms}
+#define DDPM_FAST_KERNEL_SET(isa, supported)               \
+  {#isa,           supported,         isa::randn,          \
+   isa::add_noise, isa::reverse_step, isa::denoising_loss, \
+   isa::vlb_terms, isa::conv2d,       isa::winograd_conv2d}
 
 // Widest first.
 const KernelSet kSets[] = {
@@ -69,6 +72,10 @@ void denoising_loss(const DenoisingLossParams& params, int threads) {
 }
 void vlb_terms(const VlbTermsParams& params, int threads) {
   current.load()->vlb_terms(params, threads);
+}
+void conv2d(const Conv2dParams& params, int threads) { current.load()->conv2d(params, threads); }
+void winograd_conv2d(const WinogradConv2dParams& params, int threads) {
+  current.load()->winograd_conv2d(params, threads);
 }
 
 }  // namespace cpu

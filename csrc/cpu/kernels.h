@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../core/add_noise.h"
+#include "../core/conv2d.h"
 #include "../core/denoising_loss.h"
 #include "../core/randn.h"
 #include "../core/reverse_step.h"
@@ -9,13 +10,15 @@
 
 namespace ddpm_fast {
 
-#define DDPM_FAST_DECLARE_KERNELS(isa)                                 \
-  namespace isa {                                                      \
-  void randn(const RandnParams& params, int threads);                  \
-  void add_noise(const AddNoiseParams& params, int threads);           \
-  void reverse_step(const ReverseStepParams& params, int threads);     \
-  void denoising_loss(const DenoisingLossParams& params, int threads); \
-  void vlb_terms(const VlbTermsParams& params, int threads);           \
+#define DDPM_FAST_DECLARE_KERNELS(isa)                                   \
+  namespace isa {                                                        \
+  void randn(const RandnParams& params, int threads);                    \
+  void add_noise(const AddNoiseParams& params, int threads);             \
+  void reverse_step(const ReverseStepParams& params, int threads);       \
+  void denoising_loss(const DenoisingLossParams& params, int threads);   \
+  void vlb_terms(const VlbTermsParams& params, int threads);             \
+  void conv2d(const Conv2dParams& params, int threads);                  \
+  void winograd_conv2d(const WinogradConv2dParams& params, int threads); \
   }
 
 DDPM_FAST_DECLARE_KERNELS(avx512)
@@ -34,6 +37,8 @@ void add_noise(const AddNoiseParams& params, int threads);
 void reverse_step(const ReverseStepParams& params, int threads);
 void denoising_loss(const DenoisingLossParams& params, int threads);
 void vlb_terms(const VlbTermsParams& params, int threads);
+void conv2d(const Conv2dParams& params, int threads);
+void winograd_conv2d(const WinogradConv2dParams& params, int threads);
 
 }  // namespace cpu
 }  // namespace ddpm_fast

@@ -1,0 +1,48 @@
+// Convolutions of a network at inference, float32 with channels innermost, each with what follows
+// it in a residual block:
+//
+//   y[n, p] = bias[n] + residual[n, p] + sum over taps and input channels of weights * x
+//
+// Strides are in elements; channels are dense. x begins at the first tap of the first pixel, so it
+// lies in a buffer that has the zeros of the padding around it.
+#pragma once
+
+#include "pixel_strides.h"
+
+namespace ddpm_fast {
+
+// kernel x kernel taps, `stride` pixels apart. With 4 phases, one for each parity of row and
+// column, it is the convolution of a twice as large image that repeats each pixel of x: phase (a,
+// b) begins a rows and b pixels further on in x and y, and y's strides are those of pixels of one
+// phase.
+struct Conv2dParams {
+  const float* x;
+  const float* weights;   // [phases, blocks, taps, c_in, block], see kConvBlock
+  const float* bias;      // [c_out] for each sample, or for all with stride 0; or null
+  const float* residual;  // or null
+  float* y;
+  PixelStrides x_strides, residual_strides, y_strides, phase_strides;
+  int64_t bias_stride;
+  int64_t samples, rows, cols;  // of y, in one phase
+  int64_t c_in, c_out;
+  int kernel, stride, phases;
+};
+
+// 3 x 3 taps, stride 1, by Winograd's F(2x2, 3x3) (Lavin & Gray 2016): 16 products for 4 pixels in
+// place of 36. x has rows and cols rounded up to even numbers, plus 2.
+struct WinogradConv2dParams {
+  const float* x;
+  const float* weights;  // G g G^T as [blocks, 16, c_in, block]
+  const float* bias;
+  const float* residual;
+  float* y;
+  PixelStrides x_strides, residual_strides, y_strides;
+  int64_t bias_stride;
+  int64_t samples, rows, cols;
+  int64_t c_in, c_out;
+};
+
+// Output channels that lie side by side in packed weights; the last block is filled with zeros.
+constexpr int64_t kConvBlock = 32;
+
+}  // namespace ddpm_fast

@@ -1,0 +1,71 @@
+// The inner product of every convolution: kTileRows rows of inputs by one block of output channels,
+// summed over k in order, so that a result's bits depend on neither the batch nor the threads.
+#pragma once
+
+#include "../core/conv2d.h"
+#include "simd.h"
+
+namespace ddpm_fast {
+namespace DDPM_FAST_ISA {
+
+// As many sums as registers hold beside the operands: 8 x 2 of 32, 6 x 2 of 16.
+#if defined(__AVX512F__)
+constexpr int kTileRows = 8;
+#elif defined(__AVX2__)
+constexpr int kTileRows = 6;
+#else
+constexpr int kTileRows = 4;
+#endif
+constexpr int kTileVectors = 2;
+constexpr int kTileChannels = kTileVectors * kWidth;
+static_assert(kConvBlock % kTileChannels == 0);
+
+// Not bound to the same bits everywhere, as Lanes::fma is, which without FMA is a call a lane.
+DDPM_FAST_HD VecF multiply_add(VecF a, VecF b, VecF c) {
+#if defined(__AVX2__)
+  return Lanes::fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+struct TileSums {
+  VecF sums[kTileRows][kTileVectors];
+};
+
+// sums[r][·] += sum over k < depth of rows[r][offset + k] * weights[k * kConvBlock + ·].
+DDPM_FAST_HD void multiply(const float* const (&rows)[kTileRows], int64_t offset, int64_t depth,
+                           const float* weights, TileSums& tile) {
+  const float* x[kTileRows];
+#pragma GCC unroll 8
+  for (int r = 0; r < kTileRows; ++r) x[r] = rows[r] + offset;
+  for (int64_t k = 0; k < depth; ++k) {
+    VecF w[kTileVectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < kTileVectors; ++v) w[v] = load_unaligned<VecF>(weights + v * kWidth);
+#pragma GCC unroll 8
+    for (int r = 0; r < kTileRows; ++r) {
+      const VecF value = Lanes::splat(x[r][k]);
+#pragma GCC unroll 2
+      for (int v = 0; v < kTileVectors; ++v) {
+        tile.sums[r][v] = multiply_add(value, w[v], tile.sums[r][v]);
+      }
+    }
+    weights += kConvBlock;
+  }
+}
+
+// `count` > 0 floats, those past a vector's width left out; the missing lanes are zero.
+DDPM_FAST_HD VecF load_some(const float* p, int64_t count) {
+  if (count >= kWidth) return load_unaligned<VecF>(p);
+  VecF v{};
+  for (int i = 0; i < count; ++i) v[i] = p[i];
+  return v;
+}
+DDPM_FAST_HD void store_some(float* p, int64_t count, VecF v) {
+  if (count >= kWidth) return store_unaligned(p, v);
+  for (int i = 0; i < count; ++i) p[i] = v[i];
+}
+
+}  // namespace DDPM_FAST_ISA
+}  // namespace ddpm_fast
