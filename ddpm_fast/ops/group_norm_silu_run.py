@@ -17,6 +17,20 @@ CHUNK_ELEMENTS = {"cpu": 4096, "cuda": 4096, "triton": 4096}
 SUMS_ELEMENTS = {"cpu": 16384, "cuda": 16384, "triton": 16384}
 SUMS_PIXELS = 32  # at least
 
+
+def cuda_chunks(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Pixels of a chunk, and chunks of a sample, for the CUDA kernels, whose moments and sums are
+    of single channels: few pixels where a chunk has all channels, so that blocks are many.
+
+    >>> cuda_chunks((1, 128, 32, 32, 32, True)), cuda_chunks((1, 128, 32, 256, 256, False))
+    ((32, 32), (1024, 64))
+    """
+    pixels, chunk = shape[3] * shape[4], 32 if shape[5] else 1024
+    while (chunk < 128 and pixels > 64 * chunk) or pixels > 512 * chunk:
+        chunk *= 2
+    return chunk, -(-pixels // chunk)
+
+
 Strides = tuple[int, int, int]  # from sample to sample, row to row, pixel to pixel
 
 
@@ -88,7 +102,11 @@ def run_forward(
     if channels_last:
         chunk, length = max(chunk // channels, 1), rows * cols
     chunks = -(-length // chunk)
-    scratch = torch.empty(samples * num_groups * chunks * 2, dtype=torch.float32, device=x.device)
+    floats = samples * num_groups * chunks * 2
+    if backend == "cuda":
+        chunk, chunks = cuda_chunks(shape)
+        floats = samples * channels * (2 * chunks + 3)
+    scratch = torch.empty(floats, dtype=torch.float32, device=x.device)
     if backend == "triton":
         triton_launcher("group_norm_silu", x.device)(
             x, residual, sum_out, y, channels_last, num_groups, affine, eps, silu, mean, rstd,
@@ -137,6 +155,8 @@ def run_sums(
     per_pixel = channels if channels_last else 1
     chunk = max(SUMS_ELEMENTS[backend] // per_pixel, SUMS_PIXELS)
     chunks = -(-rows * cols // chunk)
+    if backend == "cuda":
+        chunk, chunks = cuda_chunks(shape)
     scratch = torch.empty(samples * chunks * 3 * channels, dtype=torch.float32, device=s.device)
     affine = affine.as_read()
     if backend == "triton":
@@ -193,6 +213,8 @@ def run_bwd(
     if channels_last:
         chunk = max(chunk // shape[1], 1)
     chunks = -(-shape[3] * shape[4] // chunk)
+    if backend == "cuda":
+        chunk, chunks = cuda_chunks(shape)
     if backend == "triton":
         triton_launcher("group_norm_silu_bwd", s.device)(
             s, dy, dsum, dx, channels_last, affine, silu, mean, rstd, group_means, chunk, chunks
