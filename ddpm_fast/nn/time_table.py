@@ -20,7 +20,8 @@ from .blocks import ResBlock, timestep_embedding
 if TYPE_CHECKING:
     from .unet import UNet
 
-_CHUNK = 2**22  # elements of a weight that are float32 at a time
+STEPS = 64  # of a trajectory, whose rows are made together
+_CHUNK = 2**22  # elements of a weight that are made float32 at a time
 
 
 def residual_blocks(unet: UNet) -> list[ResBlock]:
@@ -56,13 +57,14 @@ class TimeRows:
         if joined and blocks:
             self.weights, self.biases = [torch.cat(self.weights)], [torch.cat(self.biases)]
 
-    def __call__(self, t: Tensor, labels: Tensor | None) -> list[Tensor]:
-        """The rows of timesteps [N], and of labels [N] where there are classes."""
-        if self.joined and labels is None and _shared(t):
+    def __call__(self, t: Tensor, labels: Tensor | int | None) -> list[Tensor]:
+        """The rows of timesteps [N] or [1], and, where there are classes, of labels: [N], [1], or
+        one for all samples."""
+        if self.joined and not isinstance(labels, Tensor) and _shared(t):
             t = t[:1]
         emb = self._timesteps(t, self.first[0].dtype)
         if labels is not None:
-            emb = emb + self._class(labels, emb.dtype)
+            emb = emb + self._class(labels, emb)
         return self._projected(emb)
 
     def table(self, t: Tensor) -> TimeTable:
@@ -79,9 +81,12 @@ class TimeRows:
             emb = F.linear(F.silu(emb) if i else emb, weight.to(dtype), bias.to(dtype))
         return emb
 
-    def _class(self, labels: Tensor, dtype: torch.dtype) -> Tensor:
+    def _class(self, labels: Tensor | int, emb: Tensor) -> Tensor:
+        """The embedding of labels, in the dtype of what it is added to."""
         assert self.classes is not None
-        return F.embedding(labels, self.classes).to(dtype)
+        if isinstance(labels, int):
+            labels = torch.tensor([labels], device=emb.device)
+        return F.embedding(labels, self.classes).to(emb.dtype)
 
     def _projected(self, emb: Tensor) -> list[Tensor]:
         """The rows of an embedding [N, width], in whose dtype they are accumulated."""
@@ -107,24 +112,24 @@ class TimeTable:
 
     def __init__(self, rows: TimeRows, emb: Tensor) -> None:
         self._rows, self._emb = rows, emb  # [S, width]
-        self._tables: dict[int | None, list[list[Tensor]]] = {}
+        # Of some steps from one on, by the class of all samples
+        self._parts: dict[int | None, tuple[int, list[Tensor]]] = {}
 
     def step(self, index: int, labels: Tensor | int | None) -> Sequence[Tensor]:
-        """The rows of a step; labels [N], one for all samples, or None without classes."""
+        """The rows of a step; labels [N] or [1], one for all samples, or None without classes."""
         if isinstance(labels, Tensor):
+            emb = self._emb[index : index + 1]
+            emb = emb + self._rows._class(labels, emb)
             # In the weights' dtype, so that they are not made float32 again at each step
-            dtype = self._rows.weights[0].dtype if self._rows.weights else torch.float32
-            emb = self._emb[index : index + 1] + self._rows._class(labels, torch.float32)
-            return self._rows._projected(emb.to(dtype))
-        if labels not in self._tables:
-            emb = self._emb
+            return self._rows._projected(emb.to(self._rows.first[0].dtype))
+        start = index - index % STEPS
+        part = self._parts.get(labels)
+        if part is None or part[0] != start:
+            emb = self._emb[start : start + STEPS]
             if labels is not None:
-                label = torch.tensor([labels], device=emb.device)
-                emb = emb + self._rows._class(label, torch.float32)
-            blocks = self._rows._projected(emb)
-            steps = range(len(emb))
-            self._tables[labels] = [[block[i : i + 1] for block in blocks] for i in steps]
-        return self._tables[labels][index]
+                emb = emb + self._rows._class(labels, emb)
+            part = self._parts[labels] = start, self._rows._projected(emb)
+        return [row[index - start : index - start + 1] for row in part[1]]
 
 
 def _shared(t: Tensor) -> bool:
