@@ -82,6 +82,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("reverse_step", on_cpu(reverse_step_params, cpu::reverse_step));
   m.def("denoising_loss", on_cpu(denoising_loss_params, cpu::denoising_loss));
   m.def("vlb_terms", on_cpu(vlb_terms_params, cpu::vlb_terms));
+  m.def("group_norm_silu", on_cpu(group_norm_silu_params, cpu::group_norm_silu));
   m.def("conv2d", on_cpu(conv2d_params, cpu::conv2d));
   m.def("winograd_conv2d", on_cpu(winograd_conv2d_params, cpu::winograd_conv2d));
   m.attr("compiler") = DDPM_FAST_COMPILER;

@@ -114,7 +114,7 @@ DDPM_FAST_HD typename V::F sigmoid(typename V::F z) {
   F e, excess;
   exp_with_excess<V>(-V::at_most(z, V::splat(87.0f)), e, excess);
   const F one = V::splat(1.0f), d = e + one;
-  F r = V::from_bits(0x7EF311C7u - V::bits(d));
+  F r = V::from_bits(-V::bits(d) + 0x7EF311C7u);
   F error = V::fma(-d, r, one);
   r = V::fma(r, V::fma(error, error, error), r);
   error = V::fma(-d, r, one);

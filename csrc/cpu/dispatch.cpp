@@ -16,6 +16,7 @@ struct KernelSet {
   void (*reverse_step)(const ReverseStepParams&, int);
   void (*denoising_loss)(const DenoisingLossParams&, int);
   void (*vlb_terms)(const VlbTermsParams&, int);
+  void (*group_norm_silu)(const GroupNormSiluParams&, int);
   void (*conv2d)(const Conv2dParams&, int);
   void (*winograd_conv2d)(const WinogradConv2dParams&, int);
 };
@@ -31,10 +32,17 @@ bool has_avx512() {
 }
 #endif
 
-#define DDPM_FAST_KERNEL_SET(isa, supported)               \
-  {#isa,           supported,         isa::randn,          \
-   isa::add_noise, isa::reverse_step, isa::denoising_loss, \
-   isa::vlb_terms, isa::conv2d,       isa::winograd_conv2d}
+#define DDPM_FAST_KERNEL_SET(isa, supported) \
+  {#isa,                                     \
+   supported,                                \
+   isa::randn,                               \
+   isa::add_noise,                           \
+   isa::reverse_step,                        \
+   isa::denoising_loss,                      \
+   isa::vlb_terms,                           \
+   isa::group_norm_silu,                     \
+   isa::conv2d,                              \
+   isa::winograd_conv2d}
 
 // Widest first.
 const KernelSet kSets[] = {
@@ -72,6 +80,9 @@ void denoising_loss(const DenoisingLossParams& params, int threads) {
 }
 void vlb_terms(const VlbTermsParams& params, int threads) {
   current.load()->vlb_terms(params, threads);
+}
+void group_norm_silu(const GroupNormSiluParams& params, int threads) {
+  current.load()->group_norm_silu(params, threads);
 }
 void conv2d(const Conv2dParams& params, int threads) { current.load()->conv2d(params, threads); }
 void winograd_conv2d(const WinogradConv2dParams& params, int threads) {

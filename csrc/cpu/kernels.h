@@ -4,6 +4,7 @@
 #include "../core/add_noise.h"
 #include "../core/conv2d.h"
 #include "../core/denoising_loss.h"
+#include "../core/group_norm_silu.h"
 #include "../core/randn.h"
 #include "../core/reverse_step.h"
 #include "../core/vlb_terms.h"
@@ -17,6 +18,7 @@ namespace ddpm_fast {
   void reverse_step(const ReverseStepParams& params, int threads);       \
   void denoising_loss(const DenoisingLossParams& params, int threads);   \
   void vlb_terms(const VlbTermsParams& params, int threads);             \
+  void group_norm_silu(const GroupNormSiluParams& params, int threads);  \
   void conv2d(const Conv2dParams& params, int threads);                  \
   void winograd_conv2d(const WinogradConv2dParams& params, int threads); \
   }
@@ -37,6 +39,7 @@ void add_noise(const AddNoiseParams& params, int threads);
 void reverse_step(const ReverseStepParams& params, int threads);
 void denoising_loss(const DenoisingLossParams& params, int threads);
 void vlb_terms(const VlbTermsParams& params, int threads);
+void group_norm_silu(const GroupNormSiluParams& params, int threads);
 void conv2d(const Conv2dParams& params, int threads);
 void winograd_conv2d(const WinogradConv2dParams& params, int threads);
 
