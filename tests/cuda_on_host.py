@@ -17,12 +17,16 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from ddpm_fast.backends import native
+from ddpm_fast.ops.group_norm_silu_run import cuda_chunks
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "tests" / "native" / "cuda_on_host.cpp"
 OPS = ["randn", "add_noise", "reverse_step", "denoising_loss", "vlb_terms"]
+# With where the fields of GroupNormShape are among their arguments.
+GROUP_NORM_OPS = {"group_norm_silu": 17, "group_norm_silu_sums": 8, "group_norm_silu_bwd": 8}
 
 
 @functools.cache
@@ -70,7 +74,19 @@ class AsNative:
         if name in OPS:
             kernel = getattr(self.module, name)
             return lambda *arguments: kernel(*arguments[:-1])  # without the number of threads
+        if name in GROUP_NORM_OPS:
+            return functools.partial(self.in_chunks, getattr(self.module, name), name)
         return getattr(native, name)
+
+    @staticmethod
+    def in_chunks(kernel, name: str, *arguments) -> None:
+        """With the CUDA backend's chunks and scratch memory, NaN, in the place of the CPU's."""
+        begin = GROUP_NORM_OPS[name]
+        shape = arguments[begin : begin + 6]
+        chunk, chunks = cuda_chunks(shape)
+        each = 2 * chunks + 3 if name == "group_norm_silu" else 3 * chunks
+        scratch = torch.full((shape[0] * shape[1] * each,), torch.nan)
+        kernel(*arguments[:-4], scratch.data_ptr(), chunk, chunks)
 
 
 @pytest.fixture

@@ -10,6 +10,8 @@
 #include "../../csrc/arguments.h"
 #include "../../csrc/cuda/add_noise.cuh"
 #include "../../csrc/cuda/denoising_loss.cuh"
+#include "../../csrc/cuda/group_norm_silu.cuh"
+#include "../../csrc/cuda/group_norm_silu_bwd.cuh"
 #include "../../csrc/cuda/randn.cuh"
 #include "../../csrc/cuda/reverse_step.cuh"
 #include "../../csrc/cuda/vlb_terms.cuh"
@@ -95,6 +97,90 @@ auto adding_up_on_host(Params (*make)(Args...), Visit visit) {
   };
 }
 
+// group_norm_silu's tiles, last first, as group_norm_silu_launch.cuh runs them.
+template <class Body, class Params>
+void run_group_tiles(const Params& p, const cuda::GroupTiles& tiles) {
+  for (uint64_t tile = tiles.count; tile-- > 0;) {
+    for (int thread = cuda::kThreads; thread-- > 0;) Body::run(p, tiles, tile, thread);
+  }
+}
+
+template <class Body, class Params>
+void run_group_parts(const Params& p, const cuda::GroupTiles& tiles) {
+  for (uint64_t tile = tiles.count; tile-- > 0;) {
+    typename Body::Part parts[cuda::kThreads];
+    for (int i = cuda::kThreads; i-- > 0;) parts[i] = Body::run(p, tiles, tile, i);
+    cuda::add_threads<typename Body::Layout>(tiles, parts);
+    for (int i = cuda::kThreads; i-- > 0;) Body::put(p, tiles, tile, i, parts[i]);
+  }
+}
+
+// visit, or where blocks_only says so the layout that takes any problem.
+template <class Params, class Visit, class Run>
+void visit_groups(const Params& p, const Visit& visit, const Run& run) {
+  const auto named = [&](auto layout) {
+    last_body = name_of<decltype(layout)>();
+    run(layout);
+  };
+  if (blocks_only) return named(cuda::Singles{});
+  visit(p, named);
+}
+
+template <class... Args>
+auto group_norm_on_host(GroupNormSiluParams (*make)(Args...)) {
+  return [=](Args... args) {
+    const GroupNormSiluParams p = make(args...);
+    const auto visit = [](const auto& q, const auto& run) { cuda::visit_group_norm_silu(q, run); };
+    visit_groups(p, visit, [&](auto layout) {
+      using Layout = decltype(layout);
+      using Finish = cuda::GroupNormSiluFinish;
+      run_group_parts<cuda::GroupNormSiluMoments<Layout>>(
+          p, cuda::group_tiles<Layout>(p.shape, p.chunk));
+      const cuda::Divider by_channels = cuda::divider(p.shape.group_channels());
+      const int threads = cuda::threads_for(p.chunks * p.shape.group_channels());
+      for (int64_t block = p.shape.samples * p.shape.groups; block-- > 0;) {
+        const auto at = [&](int i) { return Finish::Group(p, by_channels, block, i, threads); };
+        cuda::Sums<1> first[cuda::kThreads];
+        cuda::Sums<2> second[cuda::kThreads];
+        for (int i = threads; i-- > 0;) first[i] = Finish::sum(p, at(i));
+        const float about =
+            cuda::add_block(first, threads).of[0] / static_cast<float>(p.shape.group_elements());
+        for (int i = threads; i-- > 0;) second[i] = Finish::sums_about(p, at(i), about);
+        const cuda::Sums<2> sums = cuda::add_block(second, threads);
+        for (int i = threads; i-- > 0;) Finish::put(p, at(i), about, sums);
+      }
+      run_group_tiles<cuda::GroupNormSiluApply<Layout>>(p, cuda::group_tiles<Layout>(p.shape, 0));
+    });
+  };
+}
+
+template <class Run, class... Args>
+auto group_norm_bwd_on_host(GroupNormSiluBwdParams (*make)(Args...), const Run& run) {
+  return [=](Args... args) {
+    const GroupNormSiluBwdParams p = make(args...);
+    const auto visit = [](const auto& q, const auto& visitor) {
+      cuda::visit_group_norm_silu_bwd(q, visitor);
+    };
+    visit_groups(p, visit, [&](auto layout) { run(p, layout); });
+  };
+}
+
+template <class Layout>
+void group_norm_sums(const GroupNormSiluBwdParams& p, Layout) {
+  using Finish = cuda::GroupNormSiluSumsFinish;
+  const cuda::GroupTiles tiles = cuda::group_tiles<Layout>(p.shape, p.chunk);
+  run_group_parts<cuda::GroupNormSiluSums<Layout>>(p, tiles);
+  if (tiles.chunks == 1) return;
+  const int64_t of_sample = Finish::sums_of_sample(p);
+  for (int64_t n = p.shape.samples; n-- > 0;) {
+    for (int64_t i = (of_sample + cuda::kWarp - 1) / cuda::kWarp * cuda::kWarp; i-- > 0;) {
+      cuda::Sums<1> sum = Finish::run(p, n, i, 0);
+      for (int warp = 1; warp < cuda::kWarps; ++warp) sum += Finish::run(p, n, i, warp);
+      Finish::put(p, n, i, sum);
+    }
+  }
+}
+
 uint32_t quotient(uint32_t n, uint32_t divisor) { return cuda::divider(divisor).quotient(n); }
 
 }  // namespace
@@ -120,6 +206,15 @@ PYBIND11_MODULE(_native, m) {
         adding_up_on_host<cuda::VlbTermsBlock, cuda::VlbTermsFinish, cuda::ScaledVlbTermsParams>(
             vlb_terms_params,
             [](const auto& params, const auto& run) { cuda::visit_vlb_terms(params, run); }));
+  m.def("group_norm_silu", group_norm_on_host(group_norm_silu_params));
+  m.def("group_norm_silu_sums",
+        group_norm_bwd_on_host(group_norm_silu_bwd_params,
+                               [](const auto& p, auto layout) { group_norm_sums(p, layout); }));
+  m.def("group_norm_silu_bwd",
+        group_norm_bwd_on_host(group_norm_silu_bwd_params, [](const auto& p, auto layout) {
+          using Layout = decltype(layout);
+          run_group_tiles<cuda::GroupNormSiluBwd<Layout>>(p, cuda::group_tiles<Layout>(p.shape, 0));
+        }));
   m.def("last_body", [] { return last_body; });
   m.def("set_blocks_only", [](bool only) { blocks_only = only; });
   m.def("set_most_tiles", [](uint64_t most) { most_tiles = most; });  // the last ones
