@@ -2,6 +2,7 @@
 
 from . import reference
 from .backends import backends, use_backend
+from .engine import Plan, prepare
 from .integrations import accelerate
 from .likelihood import BitsPerDim, bits_per_dim
 from .loss import DenoisingLoss, LossOutput
@@ -25,6 +26,7 @@ __all__ = [
     "DenoisingLoss",
     "LossOutput",
     "NoiseSchedule",
+    "Plan",
     "SampleStep",
     "Sampler",
     "StepTable",
@@ -37,6 +39,7 @@ __all__ = [
     "denoising_loss",
     "group_norm_silu",
     "hybrid_loss",
+    "prepare",
     "randn",
     "reference",
     "reverse_step",

@@ -78,8 +78,8 @@ def prepare(
     >>> plan(torch.zeros(2, 3, 8, 8), torch.tensor([7, 7])).shape
     torch.Size([2, 3, 8, 8])
     """
-    if dtype is not None and dtype not in FLOAT_DTYPES:
-        raise ValueError(f"dtype must be float32, bfloat16 or float16; got {dtype}")
+    if dtype is not None:
+        check_dtype(dtype)
     return Plan(model, names(rewrites) - names(without), dtype)
 
 
@@ -214,6 +214,16 @@ class Trajectory:
     def __len__(self) -> int:
         return len(self._timesteps)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of images and output."""
+        return self._prepared.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where images lie."""
+        return self._prepared.device
+
     def step(
         self, row: int, x: Tensor, class_labels: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
@@ -229,6 +239,10 @@ class Trajectory:
         with torch.no_grad(), prepared.context():
             x, labels = prepared.inputs(x, class_labels)
             return prepared(x, self._rows(row, labels, x.shape[0]))
+
+    def of_row(self, x: Tensor, row: int, **kwargs: Any) -> Tensor:
+        """:meth:`step` in the order of a model's arguments, the row in place of the timestep."""
+        return self.step(row, x, **kwargs)
 
     def _rows(self, row: int, labels: Labels, count: int) -> Sequence[Tensor]:
         time = self._prepared.time
@@ -253,6 +267,12 @@ def names(rewrites: str | Iterable[str]) -> frozenset[str]:
     if unknown := [name for name in found if name not in REWRITES]:
         raise ValueError(f"rewrites must be among {', '.join(REWRITES)}; got {unknown}")
     return frozenset(found)
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """Raises ValueError unless a plan can be of it."""
+    if dtype not in FLOAT_DTYPES:
+        raise ValueError(f"a plan's dtype must be float32, bfloat16 or float16; got {dtype}")
 
 
 def _check_keywords(kwargs: dict[str, Any], prepared: Prepared) -> None:

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 
 from . import reference
 from .backends import Backend, require, use_backend
+from .engine import Plan, Trajectory
 from .model import Model, call_model, first_parameter
 from .ops.checks import FLOAT_DTYPES, check_ids_on_host, dense, indexed, noise_address
 from .ops.randn import randn
 from .ops.reverse_step import check_clip, reverse_step
+from .planning import Planner
 from .progress import bar
 from .schedule import (
     EpsSource,
@@ -84,9 +86,14 @@ class Sampler:
         backend: "auto", or one to insist on.
         graph: "auto", or "off": whether steps may be captured into a graph, on devices that have
             them. CPU tensors never are.
+        plan: of a :class:`UNet` or a UNet2DModel of diffusers', which computes the same faster
+            (docs/plan.md): "auto", where it can be made, else the model is called, and one warning
+            says why; "off"; a :class:`Plan` of the model; or the names of rewrites.
+        plan_dtype: of the plan that is made; the model's if None.
 
     Raises:
-        ValueError: an unknown name or a number out of range, here and not at the first step.
+        ValueError: an unknown name or a number out of range, here and not at the first step; there,
+            a plan that cannot be made, though not "auto".
         RuntimeError: the backend cannot run here.
 
     >>> sampler = Sampler(lambda x, t: torch.zeros_like(x), NoiseSchedule.linear(), num_steps=4)
@@ -115,6 +122,8 @@ class Sampler:
         device: torch.device | str | None = None,
         backend: Backend = "auto",
         graph: Literal["auto", "off"] = "auto",
+        plan: Literal["auto", "off"] | Plan | Iterable[str] = "auto",
+        plan_dtype: torch.dtype | None = None,
     ) -> None:
         if not callable(model):
             raise TypeError(f"model must be callable; got {type(model).__name__}")
@@ -153,6 +162,7 @@ class Sampler:
         self.device = None if device is None else torch.device(device)
         self.backend = backend
         self.graph = graph
+        self._planner = Planner(plan, plan_dtype, model)
 
     @classmethod
     def from_pipeline(
@@ -291,24 +301,26 @@ class _Run:
             raise TypeError(f"x_T must be a tensor; got {type(x_T).__name__}")
         if parameter is not None and parameter.dtype == torch.float64:
             raise TypeError("the model's parameters are float64; call model.float() first")
-        device = _device_of(sampler, x_T, parameter)
+        told = sampler.model_timesteps
+        self.timesteps: list[int] = sampler.table.timesteps.tolist()
+        self.model_timesteps = self.timesteps if told is None else told[self.timesteps].tolist()
+        self.t_dtype = torch.int64 if told is None else told.dtype
+        self.plan = sampler._planner.trajectory(model, self.model_timesteps)
+        lies = parameter if self.plan is None else self.plan
+        device = _device_of(sampler, x_T, lies)
         _, seeds, ids = noise_address(seed, sample_ids, shape[0], device)
         check_ids_on_host(ids)
         self.seed = seed if seeds is None else seeds
         self.sample_ids = ids
         self.rows = range(first, len(sampler))
         self.one_buffer = False
-        self.timesteps: list[int] = sampler.table.timesteps.tolist()
-        told = sampler.model_timesteps
-        self.model_timesteps = self.timesteps if told is None else told[self.timesteps].tolist()
-        self.t_dtype = torch.int64 if told is None else told.dtype
         self.table = sampler.table.to(device)
         self.model_kwargs = dict(model_kwargs or {})
         self.uncond_kwargs = None if uncond_kwargs is None else dict(uncond_kwargs)
         # The model's input dtype where it is not the state's; the step writes it beside the state.
         self.low_precision = (
-            parameter.dtype
-            if parameter is not None and parameter.dtype in (torch.bfloat16, torch.float16)
+            lies.dtype
+            if lies is not None and lies.dtype in (torch.bfloat16, torch.float16)
             else None
         )
         if x_T is None:
@@ -330,9 +342,8 @@ class _Run:
         lowp = None if self.low_precision is None else x.to(self.low_precision)
         x0 = x
         for row in self.rows:
-            told = self.model_timesteps[row]
-            t = torch.full((x.shape[0],), told, dtype=self.t_dtype, device=x.device)
             x_in = x if lowp is None else lowp
+            t = self._told(row)
             output = self._call(x_in, t, self.model_kwargs, row)
             uncond = None
             if self.uncond_kwargs is not None:
@@ -367,17 +378,25 @@ class _Run:
         name = self.sampler.backend
         return contextlib.nullcontext() if name == "auto" else use_backend(name)
 
-    def _call(self, x: Tensor, t: Tensor, kwargs: dict[str, Any], row: int) -> Tensor:
+    def _told(self, row: int) -> Any:
+        """What the model is given as t: the row itself, where it is a plan of the trajectory."""
+        if self.plan is not None:
+            return row
+        told, count = self.model_timesteps[row], self.x.shape[0]
+        return torch.full((count,), told, dtype=self.t_dtype, device=self.x.device)
+
+    def _call(self, x: Tensor, t: Any, kwargs: dict[str, Any], row: int) -> Tensor:
+        model = self.sampler.model if self.plan is None else self.plan.of_row
         version = x._version
         halves = 1 if self.table.model_variance == "none" else 2
         where = f", at step {row}, t = {self.timesteps[row]}"
         with torch.inference_mode():  # the model alone: the states are tensors without its limits
-            output = call_model(self.sampler.model, x, t, kwargs, halves, where)
+            output = call_model(model, x, t, kwargs, halves, where)
         if x._version != version:
             raise ValueError(f"the model changed its input x in place, at step {row}")
         return output
 
-    def _call_both(self, output: Tensor, x: Tensor, t: Tensor, row: int) -> tuple[Tensor, Tensor]:
+    def _call_both(self, output: Tensor, x: Tensor, t: Any, row: int) -> tuple[Tensor, Tensor]:
         """Conditional and unconditional output; a model may return one buffer every time."""
         assert self.uncond_kwargs is not None
         kept = output.clone() if self.one_buffer else output
@@ -464,13 +483,13 @@ def _model_timesteps(
 def _device_of(
     sampler: Sampler,
     x_T: Tensor | None,
-    parameter: Tensor | None,
+    lies: Tensor | Trajectory | None,
 ) -> torch.device:
     if x_T is not None:
         return x_T.device
     if sampler.device is not None:
         return indexed(sampler.device)
-    return torch.device("cpu") if parameter is None else parameter.device
+    return torch.device("cpu") if lies is None else lies.device
 
 
 def _raise_if_nan(nan_step: Tensor, timesteps: list[int]) -> None:

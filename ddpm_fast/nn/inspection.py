@@ -36,6 +36,20 @@ def is_diffusers(model: object) -> bool:
     return cls.__name__ == CLASS and cls.__module__.startswith("diffusers.models.")
 
 
+def is_known(model: object) -> bool:
+    """Of a class that there are plans of."""
+    return is_ours(model) or is_diffusers(model)
+
+
+def check_class(model: object) -> None:
+    """Raises TypeError for other classes."""
+    if not is_known(model):
+        raise TypeError(
+            f"a plan is of a UNet or of diffusers' {CLASS}, not of a subclass; got "
+            f"{type(model).__module__}.{type(model).__qualname__}"
+        )
+
+
 def inspect(model: nn.Module) -> None:
     """Looks for whatever a plan would leave out.
 
@@ -45,11 +59,7 @@ def inspect(model: nn.Module) -> None:
             modules, options or parameters that are not those of its config, named; weights that
             are elsewhere, quantised, or of several dtypes or devices.
     """
-    if not is_ours(model) and not is_diffusers(model):
-        raise TypeError(
-            f"a plan is of a UNet or of diffusers' {CLASS}, not of a subclass; got "
-            f"{type(model).__module__}.{type(model).__qualname__}"
-        )
+    check_class(model)
     for names in _HOOKS:
         hooks = getattr(torch_module, f"_global{names}", {})
         for hook in hooks.values():
