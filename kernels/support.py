@@ -8,7 +8,10 @@ import re
 
 import torch
 
-OPS = ("randn", "add_noise", "reverse_step", "denoising_loss", "vlb_terms")
+OPS = (
+    "randn", "add_noise", "reverse_step", "denoising_loss", "vlb_terms", "group_norm_silu",
+    "group_norm_silu_sums", "group_norm_silu_bwd",
+)  # fmt: skip
 OLDEST = (3, 5)  # which has all that the kernels ask of the language
 _BRINGS = "torch's builds for GPUs bring it from torch 2.9 on"
 

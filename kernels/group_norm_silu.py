@@ -1,0 +1,339 @@
+"""group_norm_silu: y = silu(z (1 + scale) + shift), z = (u - mean) rstd weight + bias, of
+u = x + residual + emb, whose mean and rstd are over a sample's groups of channels (Wu & He 2018).
+
+Two kernels, so that a batch of 1 occupies a GPU: the first leaves each chunk's mean and sum of
+squares about it in memory, the second combines a group's in their order (Chan et al. 1979) and
+writes y. Moves 6 bytes an element in 16 bits, 12 in float32, less what the cache still has.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .algebra import silu
+from .group_norm_silu_tile import (
+    WARPS,
+    Affine,
+    affine_arguments,
+    affine_of,
+    cut_of_groups,
+    held_channels,
+    held_pixels,
+    layout_of,
+    pixels_of,
+    place,
+    pointers,
+    row_of,
+    sides_of,
+    strides_of,
+)
+from .launch import OPTIONS, SAMPLES_Y
+from .tile import field, sample_of
+
+
+@triton.jit
+def first_of(channel_tile, pieces, BLOCKS: tl.constexpr):
+    """A tile's first group, its piece of that group, and its first channel."""
+    if field(BLOCKS, "groups") == 1:
+        group, piece = channel_tile // pieces, channel_tile % pieces
+        first = group * field(BLOCKS, "of_group") + piece * field(BLOCKS, "channels")
+        return group, piece, first
+    else:
+        TOGETHER: tl.constexpr = field(BLOCKS, "groups")
+        group = channel_tile * TOGETHER
+        return group, channel_tile * 0, channel_tile * (TOGETHER * field(BLOCKS, "of_group"))
+
+
+@triton.jit
+def of_the_tile(piece, BLOCKS: tl.constexpr):
+    """Which of a tile's channels are its groups', and of which: [channels], [groups, channels]."""
+    OF_GROUP: tl.constexpr = field(BLOCKS, "of_group")
+    GROUPS: tl.constexpr = field(BLOCKS, "room")
+    c = tl.arange(0, field(BLOCKS, "channels"))
+    if field(BLOCKS, "groups") == 1:
+        held = piece * field(BLOCKS, "channels") + c < OF_GROUP
+        return held, held[None, :]
+    else:
+        held = c < field(BLOCKS, "groups") * OF_GROUP
+        return held, (c // OF_GROUP)[None, :] == tl.arange(0, GROUPS)[:, None]
+
+
+@triton.jit
+def channels_of_piece(piece, BLOCKS: tl.constexpr):
+    """Of one group, in a tile."""
+    left = field(BLOCKS, "of_group") - piece * field(BLOCKS, "channels")
+    return tl.minimum(left, field(BLOCKS, "channels"))
+
+
+@triton.jit(
+    do_not_specialize=[
+        "x_sample", "x_row", "x_pixel", "residual_sample", "residual_row", "residual_pixel",
+        "sum_sample", "sum_row", "sum_pixel", "emb_stride", "samples", "groups", "pixels",
+        "columns", "chunks", "pieces",
+    ],
+    do_not_specialize_on_alignment=[
+        "x_ptr", "residual_ptr", "sum_ptr", "emb_ptr", "moments_ptr",
+    ],
+)  # fmt: skip
+def group_norm_silu_moments_tile_kernel(
+    x_ptr,  # [samples, channels, pixels], at the strides that follow
+    x_sample: tl.int64,
+    x_row: tl.int64,
+    x_pixel: tl.int64,
+    residual_ptr,  # the same, or None
+    residual_sample: tl.int64,
+    residual_row: tl.int64,
+    residual_pixel: tl.int64,
+    sum_ptr,  # the same: x + residual; None without residual
+    sum_sample: tl.int64,
+    sum_row: tl.int64,
+    sum_pixel: tl.int64,
+    emb_ptr,  # float32 [samples or 1, channels] or None
+    emb_stride: tl.int64,
+    moments_ptr,  # float32 [samples, 2, groups, pieces * chunks]: means, sums of squares about them
+    samples: tl.int64,
+    groups: tl.int32,
+    pixels: tl.int64,
+    columns: tl.int64,
+    chunks: tl.int32,
+    pieces: tl.int32,
+    SAMPLES_Y: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    n = sample_of(SAMPLES_Y)
+    if n >= samples:
+        return
+    chunk, channel_tile = place(chunks, BLOCKS)
+    PIXELS: tl.constexpr = field(BLOCKS, "pixels")
+    group, piece, first = first_of(channel_tile, pieces, BLOCKS)
+    held, of_group = of_the_tile(piece, BLOCKS)
+    held &= held_channels(first, groups * field(BLOCKS, "of_group"), BLOCKS)
+    c = first + tl.arange(0, field(BLOCKS, "channels"))
+    emb = row_of(emb_ptr, n, emb_stride, c, held, 0.0, BLOCKS)
+    # Welford's recurrence at each place of a tile, from tile to tile; between places at the end.
+    count = tl.zeros([PIXELS], tl.float32)
+    means = tl.zeros([PIXELS, field(BLOCKS, "channels")], tl.float32)
+    squares = tl.zeros_like(means)
+    tiles = tl.full([], 0.0, tl.float32)
+    for i in range(field(BLOCKS, "tiles")):
+        pixel = pixels_of(chunk, i, BLOCKS)
+        is_pixel = held_pixels(pixel, pixels, BLOCKS)
+        mask = is_pixel[:, None] & held[None, :]
+        at_x = pointers(
+            x_ptr, n, first, pixel, pixels, columns, x_sample, x_row, x_pixel, BLOCKS
+        )  # fmt: skip
+        u = tl.load(at_x, mask=mask, other=0.0).to(tl.float32)
+        if residual_ptr is not None:
+            at_residual = pointers(
+                residual_ptr, n, first, pixel, pixels, columns, residual_sample, residual_row,
+                residual_pixel, BLOCKS,
+            )  # fmt: skip
+            u += tl.load(at_residual, mask=mask, other=0.0).to(tl.float32)
+            s = u.to(sum_ptr.dtype.element_ty)
+            at_sum = pointers(
+                sum_ptr, n, first, pixel, pixels, columns, sum_sample, sum_row, sum_pixel, BLOCKS
+            )
+            tl.store(at_sum, s, mask=mask)
+            u = s.to(tl.float32)
+        if emb_ptr is not None:
+            u += emb[None, :]
+        delta = tl.where(mask, u - means, 0.0)
+        count += is_pixel.to(tl.float32)
+        tiles += 1.0
+        means += delta * tl.div_rn(1.0, tiles)
+        squares = tl.fma(delta, u - means, squares)
+    counted = tl.sum(count, 0)
+    mean = tl.div_rn(tl.sum(means * count[:, None], 0), counted)
+    delta = means - mean[None, :]
+    squares = tl.sum(squares + delta * count[:, None] * delta, 0)
+    # From channels to their groups, all of whose channels have as many pixels.
+    channels = channels_of_piece(piece, BLOCKS).to(tl.float32)
+    group_mean = tl.sum(tl.where(of_group, mean[None, :], 0.0), 1)
+    group_mean = tl.div_rn(group_mean, channels)
+    delta = tl.where(of_group, mean[None, :] - group_mean[:, None], 0.0)
+    group_squares = tl.sum(tl.where(of_group, squares[None, :], 0.0), 1)
+    group_squares += counted * tl.sum(delta * delta, 1)
+    g = tl.arange(0, field(BLOCKS, "room"))
+    parts = pieces * chunks
+    moments_ptr += (2 * n * groups + group) * parts + piece * chunks + chunk
+    mask = (g < field(BLOCKS, "groups")) & (group + g < groups)
+    tl.store(moments_ptr + g * parts, group_mean, mask=mask)
+    tl.store(moments_ptr + (groups + g) * parts, group_squares, mask=mask)
+
+
+@triton.jit
+def combined(moments_ptr, n, group, groups, pixels, chunks, pieces, eps, BLOCKS: tl.constexpr):
+    """Mean and 1 / sqrt(var + eps) of the tile's groups, and which of them there are."""
+    g = tl.arange(0, field(BLOCKS, "room"))
+    held = (g < field(BLOCKS, "groups")) & (group + g < groups)
+    part, parts = tl.arange(0, field(BLOCKS, "parts")), pieces * chunks
+    chunk, piece = part % chunks, part // chunks
+    length: tl.constexpr = field(BLOCKS, "tiles") * field(BLOCKS, "pixels")
+    of_chunk = tl.minimum(pixels - chunk * length, length)
+    count = (of_chunk * channels_of_piece(piece, BLOCKS)).to(tl.float32)
+    moments_ptr += (2 * n * groups + group) * parts
+    at = moments_ptr + (g * parts)[:, None] + part[None, :]
+    mask = held[:, None] & (part < parts)[None, :]
+    means = tl.load(at, mask=mask, other=0.0)
+    squares = tl.load(at + groups * parts, mask=mask, other=0.0)
+    total = (pixels * field(BLOCKS, "of_group")).to(tl.float32)
+    mean = tl.div_rn(tl.sum(tl.where(mask, means * count[None, :], 0.0), 1), total)
+    delta = means - mean[:, None]
+    squares += delta * count[None, :] * delta
+    variance = tl.div_rn(tl.sum(tl.where(mask, squares, 0.0), 1), total)
+    return mean, tl.div_rn(1.0, tl.sqrt_rn(variance + eps)), held
+
+
+@triton.jit
+def to_channels(of_groups, of_group, BLOCKS: tl.constexpr):
+    """What a tile's groups have for each of their channels: sums of one number and zeros."""
+    if field(BLOCKS, "groups") == 1:
+        return tl.sum(of_groups, 0)
+    else:
+        return tl.sum(tl.where(of_group, of_groups[:, None], 0.0), 0)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "s_sample", "s_row", "s_pixel", "y_sample", "y_row", "y_pixel", "emb_stride",
+        "scale_stride", "shift_stride", "samples", "groups", "pixels", "columns", "chunks",
+        "pieces",
+    ],
+    do_not_specialize_on_alignment=[
+        "s_ptr", "y_ptr", "weight_ptr", "bias_ptr", "emb_ptr", "scale_ptr", "shift_ptr",
+        "moments_ptr", "mean_ptr", "rstd_ptr",
+    ],
+)  # fmt: skip
+def group_norm_silu_tile_kernel(
+    s_ptr,  # [samples, channels, pixels], at the strides that follow: x + residual
+    s_sample: tl.int64,
+    s_row: tl.int64,
+    s_pixel: tl.int64,
+    y_ptr,  # the same; may be s
+    y_sample: tl.int64,
+    y_row: tl.int64,
+    y_pixel: tl.int64,
+    weight_ptr,  # float32 [channels] or None
+    bias_ptr,
+    emb_ptr,  # float32 [samples or 1, channels] or None
+    emb_stride: tl.int64,
+    scale_ptr,
+    scale_stride: tl.int64,
+    shift_ptr,
+    shift_stride: tl.int64,
+    moments_ptr,  # as the first kernel leaves them
+    mean_ptr,  # float32 [samples, groups] or None
+    rstd_ptr,
+    eps: tl.float32,
+    samples: tl.int64,
+    groups: tl.int32,
+    pixels: tl.int64,
+    columns: tl.int64,
+    chunks: tl.int32,
+    pieces: tl.int32,
+    SILU: tl.constexpr,
+    SAMPLES_Y: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    n = sample_of(SAMPLES_Y)
+    if n >= samples:
+        return
+    chunk, channel_tile = place(chunks, BLOCKS)
+    group, piece, first = first_of(channel_tile, pieces, BLOCKS)
+    held, of_group = of_the_tile(piece, BLOCKS)
+    held &= held_channels(first, groups * field(BLOCKS, "of_group"), BLOCKS)
+    mean, rstd, is_group = combined(
+        moments_ptr, n, group, groups, pixels, chunks, pieces, eps, BLOCKS
+    )
+    if mean_ptr is not None:
+        g = n * groups + group + tl.arange(0, field(BLOCKS, "room"))
+        is_first = is_group & (chunk == 0) & (piece == 0)
+        tl.store(mean_ptr + g, mean, mask=is_first)
+        tl.store(rstd_ptr + g, rstd, mask=is_first)
+    c = first + tl.arange(0, field(BLOCKS, "channels"))
+    slope, offset = affine_of(
+        weight_ptr,
+        bias_ptr,
+        scale_ptr,
+        shift_ptr,
+        n,
+        scale_stride,
+        shift_stride,
+        c,
+        held,
+        BLOCKS,
+    )
+    slope *= to_channels(rstd, of_group, BLOCKS)
+    emb = row_of(emb_ptr, n, emb_stride, c, held, 0.0, BLOCKS)
+    centre = to_channels(mean, of_group, BLOCKS) - emb
+    for i in range(field(BLOCKS, "tiles")):
+        pixel = pixels_of(chunk, i, BLOCKS)
+        mask = held_pixels(pixel, pixels, BLOCKS)[:, None] & held[None, :]
+        at_s = pointers(s_ptr, n, first, pixel, pixels, columns, s_sample, s_row, s_pixel, BLOCKS)
+        s = tl.load(at_s, mask=mask, other=0.0).to(tl.float32)
+        z = tl.fma(s - centre[None, :], slope[None, :], offset[None, :])
+        if SILU:
+            z = silu(z)
+        at_y = pointers(y_ptr, n, first, pixel, pixels, columns, y_sample, y_row, y_pixel, BLOCKS)
+        tl.store(at_y, z.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def launch_group_norm_silu(
+    x: Tensor,
+    residual: Tensor | None,
+    sum_out: Tensor | None,
+    y: Tensor,
+    channels_last: bool,
+    num_groups: int,
+    affine: Affine,
+    eps: float,
+    silu: bool,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+) -> None:
+    """Fills ``y``, with residual ``sum_out``, and where they are given ``mean`` and ``rstd``.
+    affine: weight, bias, emb, scale and shift, float32, channels side by side."""
+    if y.numel() == 0:
+        return
+    samples, channels = x.shape[:2]
+    pixels, columns = sides_of(x)
+    shape = (channels, num_groups, pixels, channels_last, x.itemsize)
+    inputs = (x, residual, sum_out)
+    cut = cut_of_groups(*shape, *layout_of(inputs, affine, channels_last))
+    moments = torch.empty(
+        samples * 2 * num_groups * cut.pieces * cut.chunks, dtype=torch.float32, device=x.device
+    )
+    sizes = (samples, num_groups, pixels, columns, cut.chunks, cut.pieces)
+    of_tensors = [arg for t in inputs for arg in (t, *strides_of(t, channels_last))]
+    group_norm_silu_moments_tile_kernel[cut.grid(samples)](
+        *of_tensors,
+        *affine_arguments(affine)[2:4],
+        moments,
+        *sizes,
+        SAMPLES_Y,
+        cut.blocks,
+        num_warps=WARPS,
+        **OPTIONS,
+    )
+    s = x if sum_out is None else sum_out
+    cut = cut_of_groups(*shape, *layout_of((s, y), affine, channels_last))
+    group_norm_silu_tile_kernel[cut.grid(samples)](
+        s,
+        *strides_of(s, channels_last),
+        y,
+        *strides_of(y, channels_last),
+        *affine_arguments(affine),
+        moments,
+        mean,
+        rstd,
+        eps,
+        *sizes,
+        silu,
+        SAMPLES_Y,
+        cut.blocks,
+        num_warps=WARPS,
+        **OPTIONS,
+    )
