@@ -99,6 +99,9 @@ PYBIND11_MODULE(_native, m) {
   gpu.def("reverse_step", on_cuda(reverse_step_params, cuda::reverse_step));
   gpu.def("denoising_loss", on_cuda(denoising_loss_params, cuda::denoising_loss));
   gpu.def("vlb_terms", on_cuda(vlb_terms_params, cuda::vlb_terms));
+  gpu.def("group_norm_silu", on_cuda(group_norm_silu_params, cuda::group_norm_silu));
+  gpu.def("group_norm_silu_sums", on_cuda(group_norm_silu_bwd_params, cuda::group_norm_silu_sums));
+  gpu.def("group_norm_silu_bwd", on_cuda(group_norm_silu_bwd_params, cuda::group_norm_silu_bwd));
   gpu.def("driver_version", &cuda::driver_version);
   gpu.def("runtime_version", &cuda::runtime_version);
   // What the module holds: "sm_90" is machine code, "compute_90" PTX that a driver can compile.
