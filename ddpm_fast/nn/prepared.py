@@ -14,6 +14,7 @@ from ..backends import native, select
 from .diffusers_weights import load
 from .inputs import check_images, check_labels
 from .inspection import is_ours
+from .native_plan import NativePlan
 from .time_table import TimeRows
 from .torch_plan import TorchPlan
 from .unet import UNet
@@ -37,9 +38,9 @@ class Executor(Protocol):
     def __call__(self, x: Tensor, rows: Sequence[Tensor]) -> Tensor: ...
 
 
-def native_executor(unet: UNet) -> type[Executor] | None:
-    """The CPU's own, if it is there and takes the UNet."""
-    return None
+def native_executor() -> type[Executor] | None:
+    """The CPU's own, where its kernels are there and no other backend was asked for."""
+    return NativePlan if native is not None and select(torch.device("cpu")) == "cpu" else None
 
 
 class Prepared:
@@ -60,7 +61,7 @@ class Prepared:
             self.dtype = dtype or weight.dtype
             kind: type[Executor] = TorchPlan
             if "native_conv" in asked and (self.device.type, self.dtype) == _NATIVE:
-                kind = native_executor(unet) or kind
+                kind = native_executor() or kind
             self.rewrites = asked & frozenset(kind.REWRITES)
             if not _has_kernels(self.device):
                 self.rewrites -= {"group_norm_silu"}
@@ -104,7 +105,11 @@ class Prepared:
         if not x.shape[0]:
             channels = self.config.out_channels or self.config.in_channels
             return x.new_empty((0, channels, *x.shape[2:]))
-        with self._turn:
+        if not torch.is_inference_mode_enabled():
+            with self._turn:
+                return self.executor(x, rows)
+        # Memory that it keeps must not be of this mode, since other calls are not
+        with self._turn, torch.inference_mode(False), torch.no_grad():
             return self.executor(x, rows)
 
     def context(self) -> contextlib.AbstractContextManager[None]:
