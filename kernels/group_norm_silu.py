@@ -148,12 +148,14 @@ def group_norm_silu_moments_tile_kernel(
     counted = tl.sum(count, 0)
     mean = tl.div_rn(tl.sum(means * count[:, None], 0), counted)
     delta = means - mean[None, :]
+    mean += tl.div_rn(tl.sum(delta * count[:, None], 0), counted)  # what rounding left
     squares = tl.sum(squares + delta * count[:, None] * delta, 0)
     # From channels to their groups, all of whose channels have as many pixels.
     channels = channels_of_piece(piece, BLOCKS).to(tl.float32)
     group_mean = tl.sum(tl.where(of_group, mean[None, :], 0.0), 1)
     group_mean = tl.div_rn(group_mean, channels)
     delta = tl.where(of_group, mean[None, :] - group_mean[:, None], 0.0)
+    group_mean += tl.div_rn(tl.sum(delta, 1), channels)
     group_squares = tl.sum(tl.where(of_group, squares[None, :], 0.0), 1)
     group_squares += counted * tl.sum(delta * delta, 1)
     g = tl.arange(0, field(BLOCKS, "room"))
@@ -180,7 +182,9 @@ def combined(moments_ptr, n, group, groups, pixels, chunks, pieces, eps, BLOCKS:
     means = tl.load(at, mask=mask, other=0.0)
     squares = tl.load(at + groups * parts, mask=mask, other=0.0)
     total = (pixels * field(BLOCKS, "of_group")).to(tl.float32)
-    mean = tl.div_rn(tl.sum(tl.where(mask, means * count[None, :], 0.0), 1), total)
+    first = tl.load(moments_ptr + g * parts, mask=held, other=0.0)  # near which rounding is finer
+    off = tl.where(mask, (means - first[:, None]) * count[None, :], 0.0)
+    mean = first + tl.div_rn(tl.sum(off, 1), total)
     delta = means - mean[:, None]
     squares += delta * count[None, :] * delta
     variance = tl.div_rn(tl.sum(tl.where(mask, squares, 0.0), 1), total)
