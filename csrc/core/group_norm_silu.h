@@ -16,7 +16,6 @@
 #pragma once
 
 #include "convert.h"
-#include "exp.h"
 #include "pixel_strides.h"
 
 namespace ddpm_fast {
@@ -80,7 +79,7 @@ struct GroupNormSiluParams {
   bool silu;
   float* mean;  // [samples, groups], or null with rstd: nobody asks
   float* rstd;
-  float* scratch;  // [samples, groups, chunks, 2]: each chunk's mean and sum of squares about it
+  float* scratch;  // the chunks' moments: ddpm_fast/ops/group_norm_silu_run.py says how many floats
   int64_t chunk;   // in channels_last so many pixels, else so many elements of a group
   int64_t chunks;  // of a sample's pixels, or of a group's elements; the last may be shorter
 };
@@ -105,26 +104,38 @@ struct GroupNormSiluBwdParams {
   int64_t chunks;
 };
 
-// 1 / (1 + exp(-z)) to 2 ulp, z in [-87, inf]; the same bits wherever fma is. The reciprocal starts
-// from a guess of the exponent's bits, 5 % off, and takes a cubic and a quadratic step: divisions
-// would cost as much as all the rest.
+// 1 / (1 + exp(-z)) to 2 ulp, z in [-87, inf]; the same bits wherever fma is. exp(-z) = 2^k
+// exp(-g), k = round(-z / ln 2), |g| <= ln 2 / 2, by a polynomial of relative error 9e-8. The
+// reciprocal starts from a guess of the exponent's bits, 5 % off, and takes a cubic and a quadratic
+// step: a division would cost as much as all the rest.
 template <class V>
 DDPM_FAST_HD typename V::F sigmoid(typename V::F z) {
   using F = typename V::F;
-  F e, excess;
-  exp_with_excess<V>(-V::at_most(z, V::splat(87.0f)), e, excess);
-  const F one = V::splat(1.0f), d = e + one;
-  F r = V::from_bits(-V::bits(d) + 0x7EF311C7u);
-  F error = V::fma(-d, r, one);
+  z = V::below(z, V::splat(87.0f));
+  // Adding 1.5 * 2^23 leaves the nearest integer in the low bits of the sum.
+  const F shifted = V::fma(z, V::splat(-0x1.715476p+0f), V::splat(0x1.8p+23f));
+  const F k = shifted - V::splat(0x1.8p+23f);
+  F g = V::fma(k, V::splat(0x1.62e400p-1f), z);  // ln 2 in two parts: the first product is exact
+  g = V::fma(k, V::splat(0x1.7f7d1cp-20f), g);
+  F e = V::splat(0x1.0fa7d8p-7f);  // -exp(-g)
+  e = V::fma(e, g, V::splat(-0x1.573ad0p-5f));
+  e = V::fma(e, g, V::splat(0x1.555a6ep-3f));
+  e = V::fma(e, g, V::splat(-0x1.fffdc4p-2f));
+  e = V::fma(e, g, V::splat(0x1.fffff6p-1f));
+  e = V::fma(e, g, V::splat(-1.0f));
+  e = V::from_bits(V::bits(e) + (V::bits(shifted) << 23));
+  const F one = V::splat(1.0f), minus_d = e - one;
+  F r = V::from_bits(-V::bits(minus_d) + 0xFEF311C7u);
+  F error = V::fma(minus_d, r, one);
   r = V::fma(r, V::fma(error, error, error), r);
-  error = V::fma(-d, r, one);
+  error = V::fma(minus_d, r, one);
   return V::fma(r, error, r);
 }
 
 // z sigmoid(z). Below -87, where it is -1e-36, it stays what it is there; NaN passes.
 template <class V>
 DDPM_FAST_HD typename V::F silu(typename V::F z) {
-  z = V::at_least(z, V::splat(-87.0f));
+  z = V::above(z, V::splat(-87.0f));
   return z * sigmoid<V>(z);
 }
 
@@ -132,8 +143,8 @@ DDPM_FAST_HD typename V::F silu(typename V::F z) {
 template <class V>
 DDPM_FAST_HD typename V::F silu_derivative(typename V::F z) {
   using F = typename V::F;
-  z = V::at_least(z, V::splat(-87.0f));
-  z = V::at_most(z, V::splat(87.0f));  // past which 1 - sigmoid is 0, and inf times it NaN
+  // Past 87 the difference of 1 and the sigmoid is 0, and infinity times it NaN.
+  z = V::below(V::above(z, V::splat(-87.0f)), V::splat(87.0f));
   const F s = sigmoid<V>(z);
   return s * V::fma(z, V::splat(1.0f) - s, V::splat(1.0f));
 }

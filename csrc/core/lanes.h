@@ -114,6 +114,9 @@ struct ScalarLanes {
     return x > hi ? hi : x;
 #endif
   }
+  // The same for bounds other than 0, an instruction less with vectors.
+  static DDPM_FAST_HD F above(F x, F lo) { return at_least(x, lo); }
+  static DDPM_FAST_HD F below(F x, F hi) { return at_most(x, hi); }
   static DDPM_FAST_HD void mul_hi_lo(uint32_t m, Word w, Word& hi, Word& lo) {
 #if defined(__CUDA_ARCH__)
     uint64_t product;  // in C++ each high half would take an addition more

@@ -18,7 +18,8 @@ constexpr int kBlock = 8;
 #else
 constexpr int kBlock = 4;
 #endif
-constexpr int kPack = 4;  // of the SiLU, whose chains are long
+#define DDPM_FAST_INLINE __attribute__((always_inline))  // of a lambda
+constexpr int kPack = 4;                                 // of the SiLU, whose chains are long
 
 // f(Float32{}) or that of the type at hand.
 template <class F>

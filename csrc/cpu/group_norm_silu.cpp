@@ -11,21 +11,11 @@ namespace {
 constexpr int kPlaces = 32;
 constexpr int kRowVectors = kPlaces / kWidth;
 
-// The mean of a chunk's elements of one group and their sum of squares about it, of the sums of
-// d = u - guess and d^2.
-struct ChunkMoments {
-  float mean, squares;
-
-  ChunkMoments(double guess, double of_d, double of_d2, double count)
-      : mean(static_cast<float>(guess + of_d / count)),
-        squares(static_cast<float>(of_d2 - of_d * of_d / count)) {}
-};
-
 // x and residual added into sum_out, `size` values that follow one another.
 template <class Type>
 void add_residual(const typename Type::Element* x, const typename Type::Element* residual,
                   typename Type::Element* sum, int64_t size) {
-  for_each_block<kBlock>(size, [&](auto block, int64_t i, int64_t count) {
+  for_each_block<kBlock>(size, [&](auto block, int64_t i, int64_t count) DDPM_FAST_INLINE {
     using Values = Block<Type, decltype(block)::value>;
     const auto total = Values::load(x + i, count) + Values::load(residual + i, count);
     Values::store(sum + i, count, total);
@@ -37,7 +27,7 @@ template <class Type, bool kSilu>
 DDPM_FAST_HD void normalise(const typename Type::Element* s, typename Type::Element* y,
                             int64_t size, const float* centre, const float* slope,
                             const float* offset) {
-  for_each_block<kPack>(size, [&](auto block, int64_t i, int64_t count) {
+  for_each_block<kPack>(size, [&](auto block, int64_t i, int64_t count) DDPM_FAST_INLINE {
     using Values = Block<Type, decltype(block)::value>;
     using Whole = Block<Float32, Values::kVectors>;  // coefficients are padded to whole vectors
     using V = PackLanes<Values::kVectors>;
@@ -52,7 +42,7 @@ DDPM_FAST_HD void normalise(const typename Type::Element* s, typename Type::Elem
 template <class Type, bool kSilu>
 DDPM_FAST_HD void normalise(const typename Type::Element* s, typename Type::Element* y,
                             int64_t size, const ChannelAffine& c) {
-  for_each_block<kPack>(size, [&](auto block, int64_t i, int64_t count) {
+  for_each_block<kPack>(size, [&](auto block, int64_t i, int64_t count) DDPM_FAST_INLINE {
     using Values = Block<Type, decltype(block)::value>;
     using V = PackLanes<Values::kVectors>;
     auto z = V::fma(Values::load(s + i, count) - V::splat(c.centre), V::splat(c.slope),
@@ -62,43 +52,19 @@ DDPM_FAST_HD void normalise(const typename Type::Element* s, typename Type::Elem
   });
 }
 
-// What both layouts know of a unit's statistics.
-class Statistics {
- public:
-  explicit Statistics(const GroupNormSiluParams& p) : p_(p) {}
+// 1 / sqrt(var + eps) of a group's sum of squares about its mean; written down if `tells`.
+void finish(const GroupNormSiluParams& p, int64_t n, int64_t group, bool tells,
+            const Moments& found, float& mean, float& rstd) {
+  mean = static_cast<float>(found.mean);
+  rstd = static_cast<float>(1.0 / __builtin_sqrt(found.squares / found.count + p.eps));
+  if (!tells || p.mean == nullptr) return;
+  p.mean[n * p.shape.groups + group] = mean;
+  p.rstd[n * p.shape.groups + group] = rstd;
+}
 
-  void put(int64_t n, int64_t group, int64_t chunk, const ChunkMoments& moments) const {
-    float* at = place(n, group, chunk);
-    at[0] = moments.mean;
-    at[1] = moments.squares;
-  }
-
-  // Of the whole group, written down as well if `tells`: whose chunks have `chunk` times `each`
-  // elements, the last the rest.
-  void get(int64_t n, int64_t group, int64_t each, bool tells, float& mean, float& rstd) const {
-    const int64_t elements = p_.shape.group_elements();
-    Moments moments;
-    for (int64_t k = 0; k < p_.chunks; ++k) {
-      const float* at = place(n, group, k);
-      const int64_t begin = k * p_.chunk * each;
-      moments.add(static_cast<double>(std::min(p_.chunk * each, elements - begin)), at[0], at[1]);
-    }
-    mean = static_cast<float>(moments.mean);
-    rstd = static_cast<float>(1.0 / __builtin_sqrt(moments.squares / elements + p_.eps));
-    if (!tells || p_.mean == nullptr) return;
-    p_.mean[n * p_.shape.groups + group] = mean;
-    p_.rstd[n * p_.shape.groups + group] = rstd;
-  }
-
- private:
-  float* place(int64_t n, int64_t group, int64_t chunk) const {
-    return p_.scratch + ((n * p_.shape.groups + group) * p_.chunks + chunk) * 2;
-  }
-  const GroupNormSiluParams& p_;
-};
-
-// A unit is a sample, a chunk some of its pixels. Sums are kept for each channel, so that vectors
-// are whole whatever a group's channels are.
+// A unit is a sample, a chunk some of its pixels. Moments are kept for each channel, so that
+// vectors are whole whatever a group's channels are: scratch is [samples, chunks, 2, channels]
+// here.
 template <class Type, bool kSilu>
 class ChannelsLast {
   using Element = typename Type::Element;
@@ -106,9 +72,10 @@ class ChannelsLast {
  public:
   explicit ChannelsLast(const GroupNormSiluParams& p)
       : p_(p),
-        statistics_(p),
-        padded_((p.shape.channels + kWidth - 1) / kWidth * kWidth),
-        floats_(static_cast<size_t>(4 * padded_)),
+        channels_(p.shape.channels),
+        padded_((channels_ + kWidth - 1) / kWidth * kWidth),
+        coefficients_(static_cast<size_t>(3 * padded_)),
+        moments_(static_cast<size_t>(2 * channels_)),
         cols_(p.shape.cols) {
     const bool one_row = joined(p.shape, p.x_strides) && joined(p.shape, p.y_strides) &&
                          (p.residual == nullptr ||
@@ -118,53 +85,70 @@ class ChannelsLast {
     strides_ = p.residual != nullptr ? p.sum_strides : p.x_strides;
   }
 
-  void first(int64_t n, int64_t chunk) {
+  void first(int64_t n, int64_t chunk) const {
     const Pixels pixels = pixels_of(chunk);
     if (p_.residual != nullptr) add(n, pixels);
-    const GroupNormShape& shape = p_.shape;
-    const int64_t each = shape.group_channels();
-    const double count = static_cast<double>((pixels.end - pixels.begin) * each);
-    float *sums = floats_.data(), *squares = sums + padded_, *centre = squares + padded_;
-    add_up(n, pixels, sums);
-    for (int64_t g = 0, c = 0; g < shape.groups; ++g) {
-      const int64_t end = c + each;
-      double total = 0, of_emb = 0;
-      for (int64_t i = c; i < end; ++i) total += sums[i], of_emb += p_.affine.emb_at(n, i);
-      const float guess = static_cast<float>(total / count + of_emb / each);
-      for (; c < end; ++c) centre[c] = guess - p_.affine.emb_at(n, c);
-    }
-    add_up_squares(n, pixels, centre, sums, squares);
-    for (int64_t g = 0, c = 0; g < shape.groups; ++g) {
-      const double guess = static_cast<double>(centre[c]) + p_.affine.emb_at(n, c);
-      double of_d = 0, of_d2 = 0;
-      for (const int64_t end = c + each; c < end; ++c) of_d += sums[c], of_d2 += squares[c];
-      statistics_.put(n, g, chunk, {guess, of_d, of_d2, count});
-    }
+    const Element* s = at<Element>(source_, n * strides_.sample);
+    const float share = 1.0f / static_cast<float>(pixels.end - pixels.begin);
+    float* means = scratch(n, chunk);
+    for_each_block<kBlock>(channels_, [&](auto block, int64_t c, int64_t some) {
+      using Values = Block<Type, decltype(block)::value>;
+      using Whole = Block<Float32, decltype(block)::value>;
+      using V = PackLanes<Values::kVectors>;
+      typename V::F sum = {}, of_d = {}, of_d2 = {};
+      for_each_pixel(s + c, pixels, [&](const Element* from) DDPM_FAST_INLINE {
+        sum = sum + Values::load(from, some);
+      });
+      const auto guess = sum * V::splat(share);
+      for_each_pixel(s + c, pixels, [&](const Element* from) DDPM_FAST_INLINE {
+        const auto d = Values::load(from, some) - guess;
+        of_d = of_d + d;
+        of_d2 = V::fma(d, d, of_d2);
+      });
+      const auto shift = of_d * V::splat(share);
+      Whole::store(means + c, some, guess + shift);
+      Whole::store(means + channels_ + c, some, of_d2 - of_d * shift);
+    });
   }
 
   void start(int64_t n, bool tells) {
     const GroupNormShape& shape = p_.shape;
     const int64_t each = shape.group_channels();
-    float *centre = floats_.data(), *slope = centre + padded_, *offset = slope + padded_;
-    for (int64_t g = 0, c = 0; g < shape.groups; ++g) {
+    const double pixels = static_cast<double>(shape.pixels());
+    double *means = moments_.data(), *squares = means + channels_;
+    combine(n, means, squares);
+    float *centre = coefficients_.data(), *slope = centre + padded_, *offset = slope + padded_;
+    for (int64_t g = 0; g < shape.groups; ++g) {
+      const int64_t begin = g * each, end = begin + each;
+      Moments group;
+      group.count = pixels * each;
+      for (int64_t c = begin; c < end; ++c) {
+        means[c] += p_.affine.emb_at(n, c);
+        group.mean += means[c] / each;
+      }
+      for (int64_t c = begin; c < end; ++c) {
+        const double delta = means[c] - group.mean;
+        group.squares += squares[c] + pixels * delta * delta;
+      }
       float mean, rstd;
-      statistics_.get(n, g, each, tells, mean, rstd);
-      for (const int64_t end = c + each; c < end; ++c) {
+      finish(p_, n, g, tells, group, mean, rstd);
+      for (int64_t c = begin; c < end; ++c) {
         const ChannelAffine affine = p_.affine.at(n, c, mean, rstd);
         centre[c] = affine.centre, slope[c] = affine.slope, offset[c] = affine.offset;
       }
     }
   }
 
-  void second(int64_t n, int64_t chunk) {
-    const float *centre = floats_.data(), *slope = centre + padded_, *offset = slope + padded_;
+  void second(int64_t n, int64_t chunk) const {
+    const float *centre = coefficients_.data(), *slope = centre + padded_,
+                *offset = slope + padded_;
     const Element* s = at<Element>(source_, n * strides_.sample);
     Element* y = static_cast<Element*>(p_.y) + n * p_.y_strides.sample;
     pixels_of(chunk).for_each_row([&](int64_t row, int64_t column, int64_t count) {
       const Element* from = row_of(s, strides_, row, column);
       Element* to = row_of(y, p_.y_strides, row, column);
       for (int64_t i = 0; i < count; ++i) {
-        normalise<Type, kSilu>(from, to, p_.shape.channels, centre, slope, offset);
+        normalise<Type, kSilu>(from, to, channels_, centre, slope, offset);
         from += strides_.pixel;
         to += p_.y_strides.pixel;
       }
@@ -176,6 +160,9 @@ class ChannelsLast {
     const int64_t begin = chunk * p_.chunk;
     return {begin, std::min(begin + p_.chunk, p_.shape.pixels()), cols_};
   }
+  float* scratch(int64_t n, int64_t chunk) const {
+    return p_.scratch + (n * p_.chunks + chunk) * 2 * channels_;
+  }
 
   void add(int64_t n, const Pixels& pixels) const {
     const Element* x = at<Element>(p_.x, n * p_.x_strides.sample);
@@ -185,54 +172,42 @@ class ChannelsLast {
       for (int64_t i = column; i < column + count; ++i) {
         add_residual<Type>(row_of(x, p_.x_strides, row, i),
                            row_of(residual, p_.residual_strides, row, i),
-                           row_of(sum, p_.sum_strides, row, i), p_.shape.channels);
+                           row_of(sum, p_.sum_strides, row, i), channels_);
       }
     });
   }
 
-  // sums[c] = sum of s over the pixels.
-  void add_up(int64_t n, const Pixels& pixels, float* sums) const {
-    const Element* s = at<Element>(source_, n * strides_.sample);
-    for_each_block<kBlock>(p_.shape.channels, [&](auto block, int64_t c, int64_t some) {
-      using Values = Block<Type, decltype(block)::value>;
-      typename Values::Values sum = {};
-      pixels.for_each_row([&](int64_t row, int64_t column, int64_t count) {
-        const Element* from = row_of(s, strides_, row, column) + c;
-        for (int64_t i = 0; i < count; ++i, from += strides_.pixel) {
-          sum = sum + Values::load(from, some);
-        }
-      });
-      Block<Float32, Values::kVectors>::store(sums + c, 0, sum);
+  // f(a pixel's values from `base` on).
+  template <class F>
+  DDPM_FAST_HD void for_each_pixel(const Element* base, const Pixels& pixels, const F& f) const {
+    pixels.for_each_row([&](int64_t row, int64_t column, int64_t count) DDPM_FAST_INLINE {
+      const Element* from = row_of(base, strides_, row, column);
+      for (int64_t i = 0; i < count; ++i, from += strides_.pixel) f(from);
     });
   }
 
-  // sums[c] = sum of s - centre, squares[c] = sum of (s - centre)^2.
-  void add_up_squares(int64_t n, const Pixels& pixels, const float* centre, float* sums,
-                      float* squares) const {
-    const Element* s = at<Element>(source_, n * strides_.sample);
-    for_each_block<kBlock>(p_.shape.channels, [&](auto block, int64_t c, int64_t some) {
-      using Values = Block<Type, decltype(block)::value>;
-      using Whole = Block<Float32, Values::kVectors>;
-      using V = PackLanes<Values::kVectors>;
-      typename Values::Values sum = {}, square = {};
-      const auto middle = Whole::load(centre + c, 0);
-      pixels.for_each_row([&](int64_t row, int64_t column, int64_t count) {
-        const Element* from = row_of(s, strides_, row, column) + c;
-        for (int64_t i = 0; i < count; ++i, from += strides_.pixel) {
-          const auto d = Values::load(from, some) - middle;
-          sum = sum + d;
-          square = V::fma(d, d, square);
-        }
-      });
-      Whole::store(sums + c, 0, sum);
-      Whole::store(squares + c, 0, square);
-    });
+  // The chunks' moments of each channel (Chan et al. 1979), in order, as core's Moments.
+  void combine(int64_t n, double* means, double* squares) const {
+    std::fill(means, means + 2 * channels_, 0.0);
+    double count = 0;
+    for (int64_t k = 0; k < p_.chunks; ++k) {
+      const Pixels pixels = pixels_of(k);
+      const double more = static_cast<double>(pixels.end - pixels.begin), total = count + more;
+      const double share = more / total, weight = count * share;
+      const float *chunk_means = scratch(n, k), *chunk_squares = chunk_means + channels_;
+      for (int64_t c = 0; c < channels_; ++c) {
+        const double delta = chunk_means[c] - means[c];
+        means[c] += delta * share;
+        squares[c] += chunk_squares[c] + delta * delta * weight;
+      }
+      count = total;
+    }
   }
 
   const GroupNormSiluParams& p_;
-  Statistics statistics_;
-  int64_t padded_;
-  std::vector<float> floats_;
+  int64_t channels_, padded_;
+  std::vector<float> coefficients_;  // centre, slope and offset of each channel
+  std::vector<double> moments_;
   int64_t cols_;
   const void* source_;
   PixelStrides strides_;
@@ -245,7 +220,7 @@ class Dense {
 
  public:
   explicit Dense(const GroupNormSiluParams& p)
-      : p_(p), statistics_(p), size_(p.shape.group_elements()), pixels_(p.shape.pixels()) {
+      : p_(p), size_(p.shape.group_elements()), pixels_(p.shape.pixels()) {
     source_ = p.residual != nullptr ? p.sum_out : p.x;
   }
 
@@ -260,28 +235,37 @@ class Dense {
     const Element* s = at<Element>(source_, base);
     Row sum = {};
     double of_emb = 0;
-    for_each_channel(unit, begin, end, [&](int64_t c, int64_t i, int64_t some) {
+    for_each_channel(unit, begin, end, [&](int64_t c, int64_t i, int64_t some) DDPM_FAST_INLINE {
       of_emb += static_cast<double>(p_.affine.emb_at(n, c)) * some;
-      for_each_places(some, [&](auto block, int64_t j, int64_t rest) {
+      for_each_places(some, [&](auto block, int64_t j, int64_t rest) DDPM_FAST_INLINE {
         sum = sum + load_places<decltype(block)::value>(s + i + j, rest);
       });
     });
     const float guess = static_cast<float>((total(sum) + of_emb) / count);
     Row of_d = {}, of_d2 = {};
-    for_each_channel(unit, begin, end, [&](int64_t c, int64_t i, int64_t some) {
+    for_each_channel(unit, begin, end, [&](int64_t c, int64_t i, int64_t some) DDPM_FAST_INLINE {
       const auto centre = V::splat(guess - p_.affine.emb_at(n, c));
-      for_each_places(some, [&](auto block, int64_t j, int64_t rest) {
+      for_each_places(some, [&](auto block, int64_t j, int64_t rest) DDPM_FAST_INLINE {
         Row d = load_places<decltype(block)::value>(s + i + j, rest) - centre;
         if (decltype(block)::value == 0) d = only_before(rest, d);
         of_d = of_d + d;
         of_d2 = V::fma(d, d, of_d2);
       });
     });
-    statistics_.put(n, unit % p_.shape.groups, chunk, {guess, total(of_d), total(of_d2), count});
+    const double found = total(of_d);
+    float* moments = p_.scratch + (unit * p_.chunks + chunk) * 2;
+    moments[0] = static_cast<float>(guess + found / count);
+    moments[1] = static_cast<float>(total(of_d2) - found * found / count);
   }
 
   void start(int64_t unit, bool tells) {
-    statistics_.get(unit / p_.shape.groups, unit % p_.shape.groups, 1, tells, mean_, rstd_);
+    Moments group;
+    for (int64_t k = 0; k < p_.chunks; ++k) {
+      const float* moments = p_.scratch + (unit * p_.chunks + k) * 2;
+      const int64_t count = std::min(p_.chunk, size_ - k * p_.chunk);
+      group.add(static_cast<double>(count), moments[0], moments[1]);
+    }
+    finish(p_, unit / p_.shape.groups, unit % p_.shape.groups, tells, group, mean_, rstd_);
   }
 
   void second(int64_t unit, int64_t chunk) {
@@ -289,7 +273,7 @@ class Dense {
     const int64_t begin = chunk * p_.chunk, end = std::min(begin + p_.chunk, size_);
     const Element* s = at<Element>(source_, base);
     Element* y = static_cast<Element*>(p_.y) + base;
-    for_each_channel(unit, begin, end, [&](int64_t c, int64_t i, int64_t some) {
+    for_each_channel(unit, begin, end, [&](int64_t c, int64_t i, int64_t some) DDPM_FAST_INLINE {
       normalise<Type, kSilu>(s + i, y + i, some, p_.affine.at(n, c, mean_, rstd_));
     });
   }
@@ -336,13 +320,15 @@ class Dense {
   static double total(const Row& row) {
     float values[kPlaces];
     for (int r = 0; r < kRowVectors; ++r) store_unaligned(values + r * kWidth, row.v[r]);
-    double sum = 0;
-    for (const float value : values) sum += value;
-    return sum;
+    double sums[kPlaces];
+    for (int i = 0; i < kPlaces; ++i) sums[i] = values[i];
+    for (int n = kPlaces / 2; n > 0; n /= 2) {
+      for (int i = 0; i < n; ++i) sums[i] += sums[i + n];
+    }
+    return sums[0];
   }
 
   const GroupNormSiluParams& p_;
-  Statistics statistics_;
   int64_t size_, pixels_;
   const void* source_;
   float mean_ = 0, rstd_ = 0;

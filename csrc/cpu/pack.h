@@ -101,12 +101,12 @@ struct PackLanes {
     for (int i = 0; i < N; ++i) a.v[i] = Lanes::fma(a.v[i], b.v[i], c.v[i]);
     return a;
   }
-  static DDPM_FAST_HD F at_least(F x, F lo) {
-    for (int i = 0; i < N; ++i) x.v[i] = Lanes::at_least(x.v[i], lo.v[i]);
+  static DDPM_FAST_HD F above(F x, F lo) {
+    for (int i = 0; i < N; ++i) x.v[i] = Lanes::above(x.v[i], lo.v[i]);
     return x;
   }
-  static DDPM_FAST_HD F at_most(F x, F hi) {
-    for (int i = 0; i < N; ++i) x.v[i] = Lanes::at_most(x.v[i], hi.v[i]);
+  static DDPM_FAST_HD F below(F x, F hi) {
+    for (int i = 0; i < N; ++i) x.v[i] = Lanes::below(x.v[i], hi.v[i]);
     return x;
   }
   template <class T>

@@ -101,6 +101,24 @@ struct Lanes {
 
   static DDPM_FAST_HD F at_least(F x, F lo) { return x <= lo ? lo : x; }
   static DDPM_FAST_HD F at_most(F x, F hi) { return x > hi ? hi : x; }
+  static DDPM_FAST_HD F above(F x, F lo) {
+#if defined(__AVX512F__)
+    return _mm512_max_ps(lo, x);  // the second where one is NaN
+#elif defined(__AVX2__)
+    return _mm256_max_ps(lo, x);
+#else
+    return at_least(x, lo);
+#endif
+  }
+  static DDPM_FAST_HD F below(F x, F hi) {
+#if defined(__AVX512F__)
+    return _mm512_min_ps(hi, x);
+#elif defined(__AVX2__)
+    return _mm256_min_ps(hi, x);
+#else
+    return at_most(x, hi);
+#endif
+  }
 
   static DDPM_FAST_HD VecU64 mul_low_halves(VecU64 a, uint32_t m) {
 #if defined(__AVX512F__)

@@ -10,12 +10,26 @@ from . import checks
 from . import group_norm_silu_formulas as formulas
 from .group_norm_silu_formulas import Affine
 
-# Elements of a chunk of a sample (channels_last) or of a group: 4096 stay in a CPU's first-level
-# cache between the passes that go over them, and occupy a GPU's multiprocessors at batch 1.
-CHUNK_ELEMENTS = {"cpu": 4096, "cuda": 4096, "triton": 4096}
+# Elements of a chunk: they stay in the first-level cache between the passes that go over them.
+CPU_CHUNK = 4096
 # The sums of the backward pass leave three floats a channel and chunk.
-SUMS_ELEMENTS = {"cpu": 16384, "cuda": 16384, "triton": 16384}
+SUMS_CHUNK = 16384
 SUMS_PIXELS = 32  # at least
+
+
+def cpu_chunks(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """A chunk's length, how many there are, and floats of scratch, for the CPU's forward kernel:
+    pixels of a sample and moments of channels in channels_last, else of whole groups.
+
+    >>> cpu_chunks((8, 128, 32, 32, 32, True)), cpu_chunks((8, 128, 32, 32, 32, False))
+    ((32, 32, 65536), (4096, 1, 512))
+    """
+    samples, channels, groups, rows, cols, channels_last = shape
+    chunk, length, each = CPU_CHUNK, channels // groups * rows * cols, groups
+    if channels_last:
+        chunk, length, each = max(CPU_CHUNK // channels, 1), rows * cols, channels
+    chunks = -(-length // chunk)
+    return chunk, chunks, samples * chunks * 2 * each
 
 
 def cuda_chunks(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -96,23 +110,19 @@ def run_forward(
     x = as_read(x, channels_last)
     residual = None if residual is None else as_read(residual, channels_last)
     affine = affine.as_read()
+    if backend == "triton":  # which cuts a sample, and makes room for that, by itself
+        triton_launcher("group_norm_silu", x.device)(
+            x, residual, sum_out, y, channels_last, num_groups, affine, eps, silu, mean, rstd
+        )
+        return
     shape = shape_of(x, num_groups, channels_last)
-    samples, channels, _, rows, cols, _ = shape
-    chunk, length = CHUNK_ELEMENTS[backend], channels // num_groups * rows * cols
-    if channels_last:
-        chunk, length = max(chunk // channels, 1), rows * cols
-    chunks = -(-length // chunk)
-    floats = samples * num_groups * chunks * 2
+    samples, channels = shape[:2]
     if backend == "cuda":
         chunk, chunks = cuda_chunks(shape)
         floats = samples * channels * (2 * chunks + 3)
+    else:
+        chunk, chunks, floats = cpu_chunks(shape)
     scratch = torch.empty(floats, dtype=torch.float32, device=x.device)
-    if backend == "triton":
-        triton_launcher("group_norm_silu", x.device)(
-            x, residual, sum_out, y, channels_last, num_groups, affine, eps, silu, mean, rstd,
-            scratch, chunk, chunks,
-        )  # fmt: skip
-        return
     run, where = kernel_of("group_norm_silu", backend, x.device)
     run(
         x.data_ptr(),
@@ -150,20 +160,20 @@ def run_sums(
         return
     channels_last = lies_channels_last(s)
     s, dy = as_read(s, channels_last), checks.laid_out(dy, channels_last)
+    affine = affine.as_read()
+    if backend == "triton":
+        triton_launcher("group_norm_silu_sums", s.device)(
+            s, dy, channels_last, affine, silu, mean, rstd, sums
+        )
+        return
     shape = shape_of(s, mean.shape[1], channels_last)
     samples, channels, _, rows, cols, _ = shape
     per_pixel = channels if channels_last else 1
-    chunk = max(SUMS_ELEMENTS[backend] // per_pixel, SUMS_PIXELS)
+    chunk = max(SUMS_CHUNK // per_pixel, SUMS_PIXELS)
     chunks = -(-rows * cols // chunk)
     if backend == "cuda":
         chunk, chunks = cuda_chunks(shape)
     scratch = torch.empty(samples * chunks * 3 * channels, dtype=torch.float32, device=s.device)
-    affine = affine.as_read()
-    if backend == "triton":
-        triton_launcher("group_norm_silu_sums", s.device)(
-            s, dy, channels_last, affine, silu, mean, rstd, sums, scratch, chunk, chunks
-        )
-        return
     run, where = kernel_of("group_norm_silu_sums", backend, s.device)
     run(
         s.data_ptr(),
@@ -208,18 +218,16 @@ def run_bwd(
     channels_last = lies_channels_last(s)
     s, dy = as_read(s, channels_last), checks.laid_out(dy, channels_last)
     dsum = None if dsum is None else checks.laid_out(dsum, channels_last)
+    if backend == "triton":
+        triton_launcher("group_norm_silu_bwd", s.device)(
+            s, dy, dsum, dx, channels_last, affine, silu, mean, rstd, group_means
+        )
+        return
     shape = shape_of(s, mean.shape[1], channels_last)
-    chunk = SUMS_ELEMENTS[backend]
-    if channels_last:
-        chunk = max(chunk // shape[1], 1)
+    chunk = max(SUMS_CHUNK // shape[1], 1) if channels_last else SUMS_CHUNK
     chunks = -(-shape[3] * shape[4] // chunk)
     if backend == "cuda":
         chunk, chunks = cuda_chunks(shape)
-    if backend == "triton":
-        triton_launcher("group_norm_silu_bwd", s.device)(
-            s, dy, dsum, dx, channels_last, affine, silu, mean, rstd, group_means, chunk, chunks
-        )
-        return
     run, where = kernel_of("group_norm_silu_bwd", backend, s.device)
     run(
         s.data_ptr(),
