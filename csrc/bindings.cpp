@@ -85,6 +85,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("group_norm_silu", on_cpu(group_norm_silu_params, cpu::group_norm_silu));
   m.def("conv2d", on_cpu(conv2d_params, cpu::conv2d));
   m.def("winograd_conv2d", on_cpu(winograd_conv2d_params, cpu::winograd_conv2d));
+  m.def("attention", on_cpu(attention_params, cpu::attention));
   m.attr("compiler") = DDPM_FAST_COMPILER;
   m.attr("openmp") =
 #if defined(_OPENMP)

@@ -27,9 +27,10 @@ REWRITES: tuple[str, ...] = (
     "channels_last",
     "native_conv",
     "winograd",
+    "native_attention",
     "joined_skips",
 )
-"""The rewrites by name; the last three are of the CPU in float32.
+"""The rewrites by name; the last four are of the CPU in float32.
 
 time_table: the timesteps' embedding and its projections of all residual blocks are computed at once
     for a trajectory, of which a step reads a row; otherwise at each step as the model does.
@@ -41,7 +42,10 @@ fused_qkv: one product gives an attention's queries, keys and values.
 channels_last: images and weights lie in this layout.
 native_conv: convolutions by the package's own kernels, from packed weights; those that do not fit
     the cache apart.
-winograd: 3×3 convolutions of large images by F(2×2, 3×3), 16 products in place of 36.
+winograd: 3×3 convolutions by F(2×2, 3×3), 16 products in place of 36; with phase_upsample 9 for
+    those of doubled images.
+native_attention: scores, softmax and weighted values by one kernel of the package's own; otherwise
+    PyTorch's scaled_dot_product_attention.
 joined_skips: what a residual block gives is written where the concatenation will be read.
 """
 

@@ -29,7 +29,8 @@ struct Conv2dParams {
 };
 
 // 3 x 3 taps, stride 1, by Winograd's F(2x2, 3x3) (Lavin & Gray 2016): 16 products for 4 pixels in
-// place of 36. x has rows and cols rounded up to even numbers, plus 2.
+// place of 36. x has rows and cols rounded up to even numbers, plus 2. Of a `doubled` image, which
+// repeats each pixel of x to 2 x 2, x has half of rows and cols, plus 2, and 9 products are left.
 struct WinogradConv2dParams {
   const float* x;
   const float* weights;  // G g G^T as [blocks, 16, c_in, block]
@@ -38,8 +39,18 @@ struct WinogradConv2dParams {
   float* y;
   PixelStrides x_strides, residual_strides, y_strides;
   int64_t bias_stride;
-  int64_t samples, rows, cols;
+  int64_t samples, rows, cols;  // of y
   int64_t c_in, c_out;
+  bool doubled;
+};
+
+// Softmax attention (Vaswani et al. 2017, eq. 1) over all pixels of an image, for each head apart:
+// y = softmax(q k^T / sqrt(depth)) v. Each pixel of qkv has 3 heads depth channels: q, k, v.
+struct AttentionParams {
+  const float* qkv;
+  float* y;
+  PixelStrides qkv_strides, y_strides;  // `row` is not looked at: pixels are a row
+  int64_t samples, pixels, heads, depth;
 };
 
 // Output channels that lie side by side in packed weights; the last block is filled with zeros.

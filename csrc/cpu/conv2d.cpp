@@ -56,9 +56,15 @@ void run(const Conv2dParams& p, const Task& task) {
       if (channel >= p.c_out) break;
       TileSums tile{};
       const float* weights = block_weights + part;
+      const bool narrow = p.c_out - channel <= kWidth;
       for (int64_t row = 0; row < p.kernel; ++row) {
         for (int64_t run = 0; run < per_row; ++run, weights += depth * kConvBlock) {
-          multiply(rows, row * p.x_strides.row + run * p.x_strides.pixel, depth, weights, tile);
+          const int64_t offset = row * p.x_strides.row + run * p.x_strides.pixel;
+          if (narrow) {
+            multiply<1>(rows, offset, 1, depth, weights, kConvBlock, tile);
+          } else {
+            multiply(rows, offset, 1, depth, weights, kConvBlock, tile);
+          }
         }
       }
       for (int v = 0; v < kTileVectors; ++v) {

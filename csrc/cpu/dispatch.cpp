@@ -19,6 +19,7 @@ struct KernelSet {
   void (*group_norm_silu)(const GroupNormSiluParams&, int);
   void (*conv2d)(const Conv2dParams&, int);
   void (*winograd_conv2d)(const WinogradConv2dParams&, int);
+  void (*attention)(const AttentionParams&, int);
 };
 
 #if defined(__x86_64__)
@@ -42,7 +43,8 @@ bool has_avx512() {
    isa::vlb_terms,                           \
    isa::group_norm_silu,                     \
    isa::conv2d,                              \
-   isa::winograd_conv2d}
+   isa::winograd_conv2d,                     \
+   isa::attention}
 
 // Widest first.
 const KernelSet kSets[] = {
@@ -87,6 +89,9 @@ void group_norm_silu(const GroupNormSiluParams& params, int threads) {
 void conv2d(const Conv2dParams& params, int threads) { current.load()->conv2d(params, threads); }
 void winograd_conv2d(const WinogradConv2dParams& params, int threads) {
   current.load()->winograd_conv2d(params, threads);
+}
+void attention(const AttentionParams& params, int threads) {
+  current.load()->attention(params, threads);
 }
 
 }  // namespace cpu

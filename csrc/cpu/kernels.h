@@ -21,6 +21,7 @@ namespace ddpm_fast {
   void group_norm_silu(const GroupNormSiluParams& params, int threads);  \
   void conv2d(const Conv2dParams& params, int threads);                  \
   void winograd_conv2d(const WinogradConv2dParams& params, int threads); \
+  void attention(const AttentionParams& params, int threads);            \
   }
 
 DDPM_FAST_DECLARE_KERNELS(avx512)
@@ -42,6 +43,7 @@ void vlb_terms(const VlbTermsParams& params, int threads);
 void group_norm_silu(const GroupNormSiluParams& params, int threads);
 void conv2d(const Conv2dParams& params, int threads);
 void winograd_conv2d(const WinogradConv2dParams& params, int threads);
+void attention(const AttentionParams& params, int threads);
 
 }  // namespace cpu
 }  // namespace ddpm_fast

@@ -2,6 +2,8 @@
 // summed over k in order, so that a result's bits depend on neither the batch nor the threads.
 #pragma once
 
+#include <memory>
+
 #include "../core/conv2d.h"
 #include "simd.h"
 
@@ -33,25 +35,27 @@ struct TileSums {
   VecF sums[kTileRows][kTileVectors];
 };
 
-// sums[r][·] += sum over k < depth of rows[r][offset + k] * weights[k * kConvBlock + ·].
-DDPM_FAST_HD void multiply(const float* const (&rows)[kTileRows], int64_t offset, int64_t depth,
-                           const float* weights, TileSums& tile) {
+// sums[r][·] += sum over k < depth of rows[r][offset + k x_stride] * weights[k w_stride + ·], the
+// first kVectors vectors of them.
+template <int kVectors = kTileVectors>
+DDPM_FAST_HD void multiply(const float* const (&rows)[kTileRows], int64_t offset, int64_t x_stride,
+                           int64_t depth, const float* weights, int64_t w_stride, TileSums& tile) {
   const float* x[kTileRows];
 #pragma GCC unroll 8
   for (int r = 0; r < kTileRows; ++r) x[r] = rows[r] + offset;
   for (int64_t k = 0; k < depth; ++k) {
-    VecF w[kTileVectors];
+    VecF w[kVectors];
 #pragma GCC unroll 2
-    for (int v = 0; v < kTileVectors; ++v) w[v] = load_unaligned<VecF>(weights + v * kWidth);
+    for (int v = 0; v < kVectors; ++v) w[v] = load_unaligned<VecF>(weights + v * kWidth);
 #pragma GCC unroll 8
     for (int r = 0; r < kTileRows; ++r) {
-      const VecF value = Lanes::splat(x[r][k]);
+      const VecF value = Lanes::splat(x[r][k * x_stride]);
 #pragma GCC unroll 2
-      for (int v = 0; v < kTileVectors; ++v) {
+      for (int v = 0; v < kVectors; ++v) {
         tile.sums[r][v] = multiply_add(value, w[v], tile.sums[r][v]);
       }
     }
-    weights += kConvBlock;
+    weights += w_stride;
   }
 }
 
@@ -65,6 +69,17 @@ DDPM_FAST_HD VecF load_some(const float* p, int64_t count) {
 DDPM_FAST_HD void store_some(float* p, int64_t count, VecF v) {
   if (count >= kWidth) return store_unaligned(p, v);
   for (int i = 0; i < count; ++i) p[i] = v[i];
+}
+
+// Memory of a thread's own, kept from call to call: fresh pages cost more than the work on them.
+inline float* thread_memory(int64_t floats) {
+  thread_local std::unique_ptr<float[]> memory;
+  thread_local int64_t held = 0;
+  if (held < floats) {
+    memory.reset(new float[static_cast<size_t>(floats)]);
+    held = floats;
+  }
+  return memory.get();
 }
 
 }  // namespace DDPM_FAST_ISA

@@ -24,6 +24,10 @@ Call = Callable[[Sequence[Tensor], int], None]  # (rows, threads)
 _WINOGRAD = torch.tensor(
     [[1.0, 0.0, 0.0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0.0, 0.0, 1.0]], dtype=torch.float64
 )
+# The same with the columns that a doubled image has twice
+_WINOGRAD_DOUBLED = torch.tensor(
+    [[1.0, 0.0, 0.0], [1.0, 1.0, 1.0], [0.0, 0.0, 1.0]], dtype=torch.float64
+)
 # Which of a column's three weights fall on each of two neighbouring pixels of an image whose pixels
 # are repeated, by parity.
 _PHASES = torch.tensor(
@@ -83,14 +87,14 @@ class Conv:
         weight = weight.detach()
         weight = weight[:, :, None, None] if weight.ndim == 2 else weight
         self.c_out, self.c_in, self.kernel = weight.shape[:3]
-        self.stride, self.phases, self.winograd = stride, 4 if phases else 1, winograd
-        if phases:
+        self.stride, self.phases, self.winograd = stride, phases, winograd
+        if winograd:
+            g = _WINOGRAD_DOUBLED if phases else _WINOGRAD
+            self.weights = _packed(torch.einsum("ai,ocij,bj->ocab", g, weight.double(), g))
+        elif phases:
             kernels = torch.einsum("pai,ocij,qbj->pqocab", _PHASES, weight.double(), _PHASES)
             self.kernel = 2
             self.weights = torch.stack([_packed(kernel) for kernel in kernels.flatten(0, 1)])
-        elif winograd:
-            weight = torch.einsum("ai,ocij,bj->ocab", _WINOGRAD, weight.double(), _WINOGRAD)
-            self.weights = _packed(weight)
         else:
             self.weights = _packed(weight)
         self.bias = None if bias is None else bias.detach().contiguous()
@@ -104,20 +108,21 @@ class Conv:
         """
         n, rows, cols, _ = y.shape
         assert native is not None
-        pixel = _strides(y)
-        phase: tuple[int, ...] = (0, 0)
-        if self.phases == 4:
-            rows, cols = rows // 2, cols // 2
-            phase, pixel = pixel[1:], (pixel[0], 2 * pixel[1], 2 * pixel[2])
         head = [x.data_ptr(), *_strides(x)]
         head += [0, 0, 0, 0] if residual is None else [residual.data_ptr(), *_strides(residual)]
-        head += [y.data_ptr(), *pixel]
+        sample, down, right = _strides(y)
         if self.winograd:
-            head += [self.weights.data_ptr()]
-            tail = [n, rows, cols, self.c_in, self.c_out]
+            head += [y.data_ptr(), sample, down, right, self.weights.data_ptr()]
+            tail = [n, rows, cols, self.c_in, self.c_out, self.phases]
             return _with_bias(native.winograd_conv2d, head, tail, self.bias, row)
-        head += [*phase, self.weights.data_ptr()]
-        tail = [n, rows, cols, self.c_in, self.c_out, self.kernel, self.stride, self.phases]
+        phases = 4 if self.phases else 1
+        if self.phases:
+            rows, cols = rows // 2, cols // 2
+            head += [y.data_ptr(), sample, 2 * down, 2 * right, down, right]
+        else:
+            head += [y.data_ptr(), sample, down, right, 0, 0]
+        head += [self.weights.data_ptr()]
+        tail = [n, rows, cols, self.c_in, self.c_out, self.kernel, self.stride, phases]
         return _with_bias(native.conv2d, head, tail, self.bias, row)
 
 
@@ -187,9 +192,15 @@ class Norm:
         return run
 
 
-def attention_call(qkv: Tensor, heads: int, y: Tensor) -> Call:
-    """y [n, h, w, c] = the attention of qkv [n, h, w, 3 c] over all pixels."""
+def attention_call(qkv: Tensor, heads: int, y: Tensor, own: bool) -> Call:
+    """y [n, h, w, c] = the attention of qkv [n, h, w, 3 c] over all pixels; own: by our kernel."""
     n, h, w, c = y.shape
+    if own:
+        assert native is not None
+        kernel = native.attention
+        places = [at for image in (qkv, y) for at in (image.data_ptr(), *_strides(image)[::2])]
+        fixed = (*places, n, h * w, heads, c // heads)
+        return lambda _, threads: kernel(*fixed, threads)
     parts = qkv.view(n, h * w, 3, heads, c // heads).permute(2, 0, 3, 1, 4)
     out = y.view(n, h * w, heads, c // heads).transpose(1, 2)
 

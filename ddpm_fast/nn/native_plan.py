@@ -40,6 +40,7 @@ class NativePlan:
         "channels_last",
         "native_conv",
         "winograd",
+        "native_attention",
         "joined_skips",
     )
     owns_buffers: ClassVar[bool] = True  # one thread at a time

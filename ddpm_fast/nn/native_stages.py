@@ -43,7 +43,7 @@ def make_conv(module: nn.Module, rewrites: frozenset[str], phases: bool = False)
         module.bias,
         stride=module.stride[0],
         phases=phases,
-        winograd="winograd" in rewrites and plain and wide and not phases,
+        winograd="winograd" in rewrites and plain and wide,
     )
 
 
@@ -137,6 +137,7 @@ class Attention:
         self.norm, self.heads = make_norm(block.norm, rewrites, silu=False), block.num_heads
         self.qkv = _linear(block.qkv, 1 if "fused_qkv" in rewrites else 3)
         self.out = _linear(block.out)[0]
+        self.own = "native_attention" in rewrites
         self.c_out = self.out.c_out
 
     def sides(self, h: int, w: int) -> tuple[int, int]:
@@ -152,7 +153,7 @@ class Attention:
         for part, out in zip(self.qkv, qkv.chunk(len(self.qkv), 3), strict=True):
             into.add(part.call(tokens, out))
         attended = tokens if self.norm is not None else into.space.take(n, h, w, c)
-        into.add(attention_call(qkv, self.heads, attended))
+        into.add(attention_call(qkv, self.heads, attended, self.own))
         into.add(self.out.call(attended, y, residual=x))
         into.space.give(qkv)
         into.space.give(attended)
