@@ -67,6 +67,12 @@ def inspect(model: nn.Module) -> None:
     for name, module in model.named_modules():
         _check_extras(name or "the model", module)
     _check_structure(model)
+    for name, module in model.named_modules():
+        if module.training:
+            name = name or "the model"
+            raise ValueError(
+                f"a plan is for eval mode, and {name} is in training mode: call .eval()"
+            )
     _check_tensors(model)
 
 
@@ -85,8 +91,6 @@ def _check_extras(name: str, module: nn.Module) -> None:
         raise ValueError(f"a plan would leave out the parametrization of {which} on {name}")
     if "forward" in state:
         raise ValueError(f"a plan would leave out the forward that {name} itself was given")
-    if module.training:
-        raise ValueError(f"a plan is for eval mode, and {name} is in training mode: call .eval()")
     if any(state.get(key) is not None for key in _FREE_U):
         raise ValueError(f"a plan would leave out FreeU on {name}: call .disable_freeu()")
 
