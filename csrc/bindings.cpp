@@ -83,6 +83,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("denoising_loss", on_cpu(denoising_loss_params, cpu::denoising_loss));
   m.def("vlb_terms", on_cpu(vlb_terms_params, cpu::vlb_terms));
   m.def("group_norm_silu", on_cpu(group_norm_silu_params, cpu::group_norm_silu));
+  m.def("group_norm_silu_sums", on_cpu(group_norm_silu_bwd_params, cpu::group_norm_silu_sums));
+  m.def("group_norm_silu_bwd", on_cpu(group_norm_silu_bwd_params, cpu::group_norm_silu_bwd));
   m.def("conv2d", on_cpu(conv2d_params, cpu::conv2d));
   m.def("winograd_conv2d", on_cpu(winograd_conv2d_params, cpu::winograd_conv2d));
   m.def("attention", on_cpu(attention_params, cpu::attention));

@@ -17,6 +17,8 @@ struct KernelSet {
   void (*denoising_loss)(const DenoisingLossParams&, int);
   void (*vlb_terms)(const VlbTermsParams&, int);
   void (*group_norm_silu)(const GroupNormSiluParams&, int);
+  void (*group_norm_silu_sums)(const GroupNormSiluBwdParams&, int);
+  void (*group_norm_silu_bwd)(const GroupNormSiluBwdParams&, int);
   void (*conv2d)(const Conv2dParams&, int);
   void (*winograd_conv2d)(const WinogradConv2dParams&, int);
   void (*attention)(const AttentionParams&, int);
@@ -42,6 +44,8 @@ bool has_avx512() {
    isa::denoising_loss,                      \
    isa::vlb_terms,                           \
    isa::group_norm_silu,                     \
+   isa::group_norm_silu_sums,                \
+   isa::group_norm_silu_bwd,                 \
    isa::conv2d,                              \
    isa::winograd_conv2d,                     \
    isa::attention}
@@ -85,6 +89,12 @@ void vlb_terms(const VlbTermsParams& params, int threads) {
 }
 void group_norm_silu(const GroupNormSiluParams& params, int threads) {
   current.load()->group_norm_silu(params, threads);
+}
+void group_norm_silu_sums(const GroupNormSiluBwdParams& params, int threads) {
+  current.load()->group_norm_silu_sums(params, threads);
+}
+void group_norm_silu_bwd(const GroupNormSiluBwdParams& params, int threads) {
+  current.load()->group_norm_silu_bwd(params, threads);
 }
 void conv2d(const Conv2dParams& params, int threads) { current.load()->conv2d(params, threads); }
 void winograd_conv2d(const WinogradConv2dParams& params, int threads) {

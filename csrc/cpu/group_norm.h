@@ -87,6 +87,46 @@ DDPM_FAST_HD void for_each_block(int64_t size, const F& f) {
   if (i < size) f(BlockOf<0>{}, i, size - i);
 }
 
+// Sums over values that follow one another, in the places i % kPlaces, so that each instruction set
+// adds in one order.
+constexpr int kPlaces = 32;
+using PlaceLanes = PackLanes<kPlaces / kWidth>;
+using Places = PlaceLanes::F;
+
+// f(BlockOf<1>, first, kPlaces) for whole rows of places, then f(BlockOf<0>, first, the rest).
+template <class F>
+DDPM_FAST_HD void for_each_places(int64_t size, const F& f) {
+  int64_t i = 0;
+  for (; i + kPlaces <= size; i += kPlaces) f(BlockOf<1>{}, i, kPlaces);
+  if (i < size) f(BlockOf<0>{}, i, size - i);
+}
+template <class Type, int kWhole>
+DDPM_FAST_HD Places load_places(const typename Type::Element* p, int64_t count) {
+  typename Type::Element padded[kPlaces] = {};
+  if (kWhole == 0) {
+    __builtin_memcpy(padded, p, count * sizeof *p);
+    p = padded;
+  }
+  return Block<Type, kPlaces / kWidth>::load(p, 0);
+}
+// Zeros from `count` on.
+inline Places only_before(int64_t count, const Places& row) {
+  float values[kPlaces] = {};
+  Block<Float32, kPlaces / kWidth>::store(values, 0, row);
+  for (int64_t i = count; i < kPlaces; ++i) values[i] = 0.0f;
+  return Block<Float32, kPlaces / kWidth>::load(values, 0);
+}
+inline double total(const Places& row) {
+  float values[kPlaces];
+  Block<Float32, kPlaces / kWidth>::store(values, 0, row);
+  double sums[kPlaces];
+  for (int i = 0; i < kPlaces; ++i) sums[i] = values[i];
+  for (int n = kPlaces / 2; n > 0; n /= 2) {
+    for (int i = 0; i < n; ++i) sums[i] += sums[i + n];
+  }
+  return sums[0];
+}
+
 // Rows that follow one another without a gap are one.
 inline bool joined(const GroupNormShape& shape, const PixelStrides& strides) {
   return shape.rows == 1 || strides.row == shape.cols * strides.pixel;

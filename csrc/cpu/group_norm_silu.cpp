@@ -7,10 +7,6 @@ namespace ddpm_fast {
 namespace DDPM_FAST_ISA {
 namespace {
 
-// Sums over the places i % kPlaces of vectors, so that each instruction set adds in one order.
-constexpr int kPlaces = 32;
-constexpr int kRowVectors = kPlaces / kWidth;
-
 // x and residual added into sum_out, `size` values that follow one another.
 template <class Type>
 void add_residual(const typename Type::Element* x, const typename Type::Element* residual,
@@ -233,20 +229,20 @@ class Dense {
     }
     const double count = static_cast<double>(end - begin);
     const Element* s = at<Element>(source_, base);
-    Row sum = {};
+    Places sum = {};
     double of_emb = 0;
     for_each_channel(unit, begin, end, [&](int64_t c, int64_t i, int64_t some) DDPM_FAST_INLINE {
       of_emb += static_cast<double>(p_.affine.emb_at(n, c)) * some;
       for_each_places(some, [&](auto block, int64_t j, int64_t rest) DDPM_FAST_INLINE {
-        sum = sum + load_places<decltype(block)::value>(s + i + j, rest);
+        sum = sum + load_places<Type, decltype(block)::value>(s + i + j, rest);
       });
     });
     const float guess = static_cast<float>((total(sum) + of_emb) / count);
-    Row of_d = {}, of_d2 = {};
+    Places of_d = {}, of_d2 = {};
     for_each_channel(unit, begin, end, [&](int64_t c, int64_t i, int64_t some) DDPM_FAST_INLINE {
       const auto centre = V::splat(guess - p_.affine.emb_at(n, c));
       for_each_places(some, [&](auto block, int64_t j, int64_t rest) DDPM_FAST_INLINE {
-        Row d = load_places<decltype(block)::value>(s + i + j, rest) - centre;
+        Places d = load_places<Type, decltype(block)::value>(s + i + j, rest) - centre;
         if (decltype(block)::value == 0) d = only_before(rest, d);
         of_d = of_d + d;
         of_d2 = V::fma(d, d, of_d2);
@@ -279,8 +275,7 @@ class Dense {
   }
 
  private:
-  using V = PackLanes<kRowVectors>;
-  using Row = typename V::F;
+  using V = PlaceLanes;
 
   // f(channel, first, count) for elements [begin, end) of a group, a channel at a time.
   template <class F>
@@ -291,41 +286,6 @@ class Dense {
       f(first + c, i, count);
       i += count;
     }
-  }
-
-  template <class F>
-  static DDPM_FAST_HD void for_each_places(int64_t size, const F& f) {
-    int64_t i = 0;
-    for (; i + kPlaces <= size; i += kPlaces) f(BlockOf<1>{}, i, kPlaces);
-    if (i < size) f(BlockOf<0>{}, i, size - i);
-  }
-
-  template <int kWhole>
-  static DDPM_FAST_HD Row load_places(const Element* p, int64_t count) {
-    Element padded[kPlaces] = {};
-    if (kWhole == 0) {
-      __builtin_memcpy(padded, p, count * sizeof *p);
-      p = padded;
-    }
-    return Block<Type, kRowVectors>::load(p, 0);
-  }
-
-  static DDPM_FAST_HD Row only_before(int64_t count, const Row& row) {
-    float values[kPlaces] = {};
-    for (int r = 0; r < kRowVectors; ++r) store_unaligned(values + r * kWidth, row.v[r]);
-    for (int64_t i = count; i < kPlaces; ++i) values[i] = 0.0f;
-    return Block<Float32, kRowVectors>::load(values, 0);
-  }
-
-  static double total(const Row& row) {
-    float values[kPlaces];
-    for (int r = 0; r < kRowVectors; ++r) store_unaligned(values + r * kWidth, row.v[r]);
-    double sums[kPlaces];
-    for (int i = 0; i < kPlaces; ++i) sums[i] = values[i];
-    for (int n = kPlaces / 2; n > 0; n /= 2) {
-      for (int i = 0; i < n; ++i) sums[i] += sums[i + n];
-    }
-    return sums[0];
   }
 
   const GroupNormSiluParams& p_;

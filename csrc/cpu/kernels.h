@@ -11,17 +11,19 @@
 
 namespace ddpm_fast {
 
-#define DDPM_FAST_DECLARE_KERNELS(isa)                                   \
-  namespace isa {                                                        \
-  void randn(const RandnParams& params, int threads);                    \
-  void add_noise(const AddNoiseParams& params, int threads);             \
-  void reverse_step(const ReverseStepParams& params, int threads);       \
-  void denoising_loss(const DenoisingLossParams& params, int threads);   \
-  void vlb_terms(const VlbTermsParams& params, int threads);             \
-  void group_norm_silu(const GroupNormSiluParams& params, int threads);  \
-  void conv2d(const Conv2dParams& params, int threads);                  \
-  void winograd_conv2d(const WinogradConv2dParams& params, int threads); \
-  void attention(const AttentionParams& params, int threads);            \
+#define DDPM_FAST_DECLARE_KERNELS(isa)                                          \
+  namespace isa {                                                               \
+  void randn(const RandnParams& params, int threads);                           \
+  void add_noise(const AddNoiseParams& params, int threads);                    \
+  void reverse_step(const ReverseStepParams& params, int threads);              \
+  void denoising_loss(const DenoisingLossParams& params, int threads);          \
+  void vlb_terms(const VlbTermsParams& params, int threads);                    \
+  void group_norm_silu(const GroupNormSiluParams& params, int threads);         \
+  void group_norm_silu_sums(const GroupNormSiluBwdParams& params, int threads); \
+  void group_norm_silu_bwd(const GroupNormSiluBwdParams& params, int threads);  \
+  void conv2d(const Conv2dParams& params, int threads);                         \
+  void winograd_conv2d(const WinogradConv2dParams& params, int threads);        \
+  void attention(const AttentionParams& params, int threads);                   \
   }
 
 DDPM_FAST_DECLARE_KERNELS(avx512)
@@ -41,6 +43,8 @@ void reverse_step(const ReverseStepParams& params, int threads);
 void denoising_loss(const DenoisingLossParams& params, int threads);
 void vlb_terms(const VlbTermsParams& params, int threads);
 void group_norm_silu(const GroupNormSiluParams& params, int threads);
+void group_norm_silu_sums(const GroupNormSiluBwdParams& params, int threads);
+void group_norm_silu_bwd(const GroupNormSiluBwdParams& params, int threads);
 void conv2d(const Conv2dParams& params, int threads);
 void winograd_conv2d(const WinogradConv2dParams& params, int threads);
 void attention(const AttentionParams& params, int threads);

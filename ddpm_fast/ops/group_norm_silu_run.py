@@ -12,9 +12,10 @@ from .group_norm_silu_formulas import Affine
 
 # Elements of a chunk: they stay in the first-level cache between the passes that go over them.
 CPU_CHUNK = 4096
-# The sums of the backward pass leave three floats a channel and chunk.
+# Of the backward pass, which leaves three floats a channel and chunk, and in channels_last adds up
+# one pixel after the other.
 SUMS_CHUNK = 16384
-SUMS_PIXELS = 32  # at least
+SUMS_PIXELS = (32, 256)  # at least and at most
 
 
 def cpu_chunks(shape: tuple[int, ...]) -> tuple[int, int, int]:
@@ -30,6 +31,16 @@ def cpu_chunks(shape: tuple[int, ...]) -> tuple[int, int, int]:
         chunk, length, each = max(CPU_CHUNK // channels, 1), rows * cols, channels
     chunks = -(-length // chunk)
     return chunk, chunks, samples * chunks * 2 * each
+
+
+def cpu_sums_chunks(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Pixels of a chunk, and chunks of a sample, for the CPU's kernels of the backward pass."""
+    _, channels, _, rows, cols, channels_last = shape
+    chunk = SUMS_CHUNK
+    if channels_last:
+        least, most = SUMS_PIXELS
+        chunk = min(max(SUMS_CHUNK // channels, least), most)
+    return chunk, -(-rows * cols // chunk)
 
 
 def cuda_chunks(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -167,12 +178,8 @@ def run_sums(
         )
         return
     shape = shape_of(s, mean.shape[1], channels_last)
-    samples, channels, _, rows, cols, _ = shape
-    per_pixel = channels if channels_last else 1
-    chunk = max(SUMS_CHUNK // per_pixel, SUMS_PIXELS)
-    chunks = -(-rows * cols // chunk)
-    if backend == "cuda":
-        chunk, chunks = cuda_chunks(shape)
+    samples, channels = shape[:2]
+    chunk, chunks = cuda_chunks(shape) if backend == "cuda" else cpu_sums_chunks(shape)
     scratch = torch.empty(samples * chunks * 3 * channels, dtype=torch.float32, device=s.device)
     run, where = kernel_of("group_norm_silu_sums", backend, s.device)
     run(
@@ -224,10 +231,7 @@ def run_bwd(
         )
         return
     shape = shape_of(s, mean.shape[1], channels_last)
-    chunk = max(SUMS_CHUNK // shape[1], 1) if channels_last else SUMS_CHUNK
-    chunks = -(-shape[3] * shape[4] // chunk)
-    if backend == "cuda":
-        chunk, chunks = cuda_chunks(shape)
+    chunk, chunks = cuda_chunks(shape) if backend == "cuda" else cpu_sums_chunks(shape)
     run, where = kernel_of("group_norm_silu_bwd", backend, s.device)
     run(
         s.data_ptr(),
