@@ -24,7 +24,10 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 BUDGETS = ROOT / "tests" / "data" / "cuda_instructions.json"
 ARCHS = ["80", "86", "89", "90", "100", "120"]
-OPS = ["randn", "add_noise", "reverse_step", "denoising_loss", "vlb_terms"]
+OPS = [
+    "randn", "add_noise", "reverse_step", "denoising_loss", "vlb_terms", "group_norm_silu",
+    "group_norm_silu_bwd",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,9 @@ class Machine:
     @property
     def elements(self) -> int:
         """Of one lane: what its instructions are shared among."""
+        vectors = re.search(r"WholeVectors<(\w+), ", self.body)
+        if vectors is not None:
+            return 16 if vectors[1] == "Float32" else 32
         layout = re.search(r"(Contiguous|ChannelsLast)<([\d, ]+)>", self.body)
         if layout is None:
             return 4

@@ -14,7 +14,13 @@ from machine_code import Machine
 
 SIZES = {"Float32": 4, "BFloat16": 2, "Float16": 2, "Pixel": 1}
 TILES = ["RandnTile", "AddNoiseTile", "ReverseStepTile", "DenoisingLossTile", "VlbTermsTile"]
-
+# Bodies of group_norm_silu: what each reads and writes of the tensors' size.
+GROUP_NORM = {
+    "GroupNormSiluMoments": (["x", "residual"], ["s"]),
+    "GroupNormSiluApply": (["s"], ["y"]),
+    "GroupNormSiluSums": (["s", "dy"], []),
+    "GroupNormSiluBwd": (["s", "dy", "dsum"], ["dx"]),
+}
 
 BUILT = ("80", "90")  # where nobody says for which: these are looked at every time
 OTHERS = tuple(arch for arch in machine_code.ARCHS if arch not in BUILT)
@@ -36,7 +42,8 @@ def named(kernel: Machine) -> str:
 def test_every_body_is_built_for_every_architecture(kernels):
     assert {kernel.body.split("<")[0] for kernel in kernels} == {
         *TILES, "RandnBlock", "AddNoiseBlock", "ReverseStepBlock", "DenoisingLossBlock",
-        "VlbTermsBlock", "DenoisingLossFinish", "VlbTermsFinish",
+        "VlbTermsBlock", "DenoisingLossFinish", "VlbTermsFinish", *GROUP_NORM,
+        "GroupNormSiluFinish", "GroupNormSiluSumsFinish",
     }  # fmt: skip
     archs = {kernel.arch for kernel in kernels}
     if archs not in (set(BUILT), set(OTHERS)):
@@ -79,7 +86,7 @@ def test_no_calls_from_tiles(kernels):
 def test_no_approximate_arithmetic(kernels):
     """Of the units that approximate only the reciprocal root, whose error is corrected after it."""
     for kernel in kernels:
-        if kernel.body.startswith(("VlbTermsTile", "VlbTermsBlock")):  # the decoder
+        if kernel.body.startswith(("VlbTermsTile", "VlbTermsBlock", "GroupNorm")):  # the decoder
             continue
         units = [re.search(r"MUFU\.(\w+)", line) for line in kernel.instructions]
         allowed = {"RSQ"} if "Tile" in kernel.body else {"RSQ", "RCP"}  # a division's
@@ -121,6 +128,36 @@ def test_vectors_of_16_bytes(kernels):
         if plain and len(set(types)) == 1:
             assert kernel.count(r"\bSTG\.E\.128") == stores, named(kernel)
             assert kernel.count(r"\bSTG\b") == stores, named(kernel)
+
+
+def test_group_norm_silu(kernels):
+    """Vectors of 16 bytes, four in flight of each tensor; no subroutine; a sigmoid is one power and
+    one reciprocal of the units that approximate; room for three blocks on a multiprocessor."""
+    for kernel in kernels:
+        name, _, layout = kernel.body.partition("<")
+        if name not in GROUP_NORM:
+            continue
+        assert kernel.registers <= 168, named(kernel)
+        powers, divisions = kernel.count(r"MUFU\.EX2"), kernel.count(r"MUFU\.RCP")
+        assert kernel.count("MUFU") == powers + divisions, named(kernel)
+        if name == "GroupNormSiluMoments":
+            assert powers == 0, named(kernel)
+            assert divisions <= 8, named(kernel)
+        else:
+            assert powers % kernel.elements == 0 < powers == divisions, named(kernel)
+        if layout == "Singles>":
+            continue
+        assert kernel.count(r"\bRET\b") == 0, named(kernel)  # sm_80 leaves loops by a CALL
+        reads, writes = GROUP_NORM[name]
+        assert kernel.count(r"\bLDG\.E\.128") >= 4 * len(reads), named(kernel)
+        assert kernel.count(r"\bSTG\.E\.128") >= 4 * len(writes), named(kernel)
+        if name in ("GroupNormSiluApply", "GroupNormSiluBwd"):
+            assert kernel.count(r"\bSTG\b") == kernel.count(r"\bSTG\.E\.128"), named(kernel)
+        # They are asked for before the first power is taken: none waits for another.
+        code = kernel.instructions
+        first = next((i for i, line in enumerate(code) if "MUFU.EX2" in line), len(code))
+        ahead = sum("LDG.E.128" in line for line in code[:first])
+        assert ahead >= 4 * min(len(reads), 2), named(kernel)
 
 
 def test_budgets(kernels):
