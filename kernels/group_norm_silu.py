@@ -75,7 +75,7 @@ def channels_of_piece(piece, BLOCKS: tl.constexpr):
         "columns", "chunks", "pieces",
     ],
     do_not_specialize_on_alignment=[
-        "x_ptr", "residual_ptr", "sum_ptr", "emb_ptr", "moments_ptr",
+        "emb_ptr", "moments_ptr",
     ],
 )  # fmt: skip
 def group_norm_silu_moments_tile_kernel(
@@ -207,7 +207,7 @@ def to_channels(of_groups, of_group, BLOCKS: tl.constexpr):
         "pieces",
     ],
     do_not_specialize_on_alignment=[
-        "s_ptr", "y_ptr", "weight_ptr", "bias_ptr", "emb_ptr", "scale_ptr", "shift_ptr",
+        "weight_ptr", "bias_ptr", "emb_ptr", "scale_ptr", "shift_ptr",
         "moments_ptr", "mean_ptr", "rstd_ptr",
     ],
 )  # fmt: skip

@@ -37,7 +37,7 @@ from .tile import field, sample_of
         "shift_stride", "samples", "channels", "groups", "pixels", "columns", "chunks",
     ],
     do_not_specialize_on_alignment=[
-        "s_ptr", "dy_ptr", "dsum_ptr", "dx_ptr", "weight_ptr", "bias_ptr", "emb_ptr", "scale_ptr",
+        "weight_ptr", "bias_ptr", "emb_ptr", "scale_ptr",
         "shift_ptr", "mean_ptr", "rstd_ptr", "group_means_ptr",
     ],
 )  # fmt: skip

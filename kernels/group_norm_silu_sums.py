@@ -50,7 +50,7 @@ def dz_and_x_hat(dy, s, centre, rstd, slope, offset, SILU: tl.constexpr):
         "chunks",
     ],
     do_not_specialize_on_alignment=[
-        "s_ptr", "dy_ptr", "weight_ptr", "bias_ptr", "emb_ptr", "scale_ptr", "shift_ptr",
+        "weight_ptr", "bias_ptr", "emb_ptr", "scale_ptr", "shift_ptr",
         "mean_ptr", "rstd_ptr", "shares_ptr",
     ],
 )  # fmt: skip

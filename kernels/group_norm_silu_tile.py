@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -39,6 +40,11 @@ class Blocks:
     groups: int = 0  # of a tile; 1 where it holds one or a part of one, 0 where they do not matter
     of_group: int = 0  # channels
     parts: int = 1  # room for all that a group is combined of, a power of 2
+
+    @property
+    def tile(self) -> int:
+        """Elements of one."""
+        return self.pixels * self.channels
 
     @property
     def room(self) -> int:
@@ -206,7 +212,11 @@ def layout_of(
         t is None or (t.data_ptr() % 16 == 0 and (t.ndim == 1 or t.stride(0) % 4 == 0))
         for t in affine
     )
-    return rows, aligned, min(together & -together, 16 // present[0].itemsize)
+    whole = 16 // present[0].itemsize
+    vector = min(together & -together, whole)
+    if torch.version.hip is not None and vector < whole:
+        vector = 1  # or parts of a batch would be read in other vectors than all of it
+    return rows, aligned, vector
 
 
 @triton.jit
@@ -239,22 +249,25 @@ def pointers(
     ptr, n, first, pixel, pixels, columns, sample, row, step, BLOCKS: tl.constexpr
 ):  # fmt: skip
     """To a tile whose channels begin at first. sample, row, step: the tensor's strides."""
+    VECTOR: tl.constexpr = field(BLOCKS, "vector")
     ITEMSIZE: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 8
     c = tl.arange(0, field(BLOCKS, "channels"))
-    # The compiler takes what is said of the last of several additions to a pointer.
+    ptr += n * multiple(sample, VECTOR)
+    # How the last sum is aligned is said for NVIDIA's GPUs, whose compiler forgets what it knows of
+    # the others; AMD's makes do with those, and forgets what is said.
     if field(BLOCKS, "channels_last"):
         if field(BLOCKS, "rows"):
             line = pixel // columns
-            offset = line * row + (pixel - line * columns) * step
+            pixel -= line * columns
+            offset = line * multiple(row, VECTOR) + pixel * multiple(step, VECTOR)
         else:
-            offset = pixel * step
-        at = ptr + (n * sample + first) + offset[:, None] + c[None, :]
+            offset = pixel * multiple(step, VECTOR)
+        at = (ptr + first) + offset[:, None] + c[None, :]
         return tl.multiple_of(at, [1, ITEMSIZE * field(BLOCKS, "vector_of_channels")])
     else:
-        ptr += n * sample + first * pixels
-        c = c.to(tl.int64) * pixels
-        at = ptr + c[None, :] + pixel[:, None]
-        return tl.multiple_of(at, [ITEMSIZE * field(BLOCKS, "vector"), 1])
+        pixels = multiple(pixels, VECTOR)
+        at = (ptr + first * pixels) + (c.to(tl.int64) * pixels)[None, :] + pixel[:, None]
+        return tl.multiple_of(at, [ITEMSIZE * VECTOR, 1])
 
 
 @triton.jit

@@ -47,6 +47,7 @@ from ddpm_fast.kernels import (  # noqa: E402
     vlb_terms,
 )
 from ddpm_fast.kernels import launch as launching  # noqa: E402
+from ddpm_fast.kernels.group_norm_silu_tile import Blocks  # noqa: E402
 from ddpm_fast.kernels.tile import Tiling  # noqa: E402
 
 ARCHS = ["80", "90", "gfx942"]
@@ -76,7 +77,7 @@ def compiled(launch: Launch, arch: str) -> list[tuple[Any, int]]:
     found = []
 
     def compile_only(self, *args, grid, warmup, **kwargs):
-        elements = sum(arg.tile for arg in args if isinstance(arg, Tiling))
+        elements = sum(arg.tile for arg in args if isinstance(arg, Tiling | Blocks))
         found.append((run(self, *args, grid=grid, warmup=True, **kwargs), elements))
 
     run, JITFunction.run = JITFunction.run, compile_only
@@ -158,13 +159,14 @@ def cases() -> Iterator[tuple[str, str, Launch]]:
 
 def facts(name: str, layout: str, arch: str, launch: Launch) -> dict[str, Any]:
     """What the assembly has of each instruction; on NVIDIA's GPUs the machine code, too."""
-    kernel, elements = compiled(launch, arch)[-1 if layout == "sums" else 0]
+    found = {"name": name, "layout": layout, "arch": arch}
+    return found | facts_of(*compiled(launch, arch)[-1 if layout == "sums" else 0], arch)
+
+
+def facts_of(kernel: Any, elements: int, arch: str) -> dict[str, Any]:
     is_amd = arch.startswith("gfx")
     assembly = kernel.asm["amdgcn" if is_amd else "ptx"]
     found = {
-        "name": name,
-        "layout": layout,
-        "arch": arch,
         "shared": kernel.metadata.shared,
         "assembly": Counter(re.findall(r"^\s+(?:@\S+ )?([a-z][\w.]+)", assembly, re.M)),
     }

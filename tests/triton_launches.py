@@ -10,6 +10,9 @@ import torch
 from ddpm_fast import NoiseSchedule, vlb_table
 from ddpm_fast.kernels.add_noise import launch_add_noise
 from ddpm_fast.kernels.denoising_loss import launch_denoising_loss
+from ddpm_fast.kernels.group_norm_silu import launch_group_norm_silu
+from ddpm_fast.kernels.group_norm_silu_bwd import launch_group_norm_silu_bwd
+from ddpm_fast.kernels.group_norm_silu_sums import launch_group_norm_silu_sums
 from ddpm_fast.kernels.randn import launch_randn
 from ddpm_fast.kernels.reverse_step import launch_reverse_step
 from ddpm_fast.kernels.vlb_terms import launch_vlb_terms
@@ -169,3 +172,64 @@ def bound(
         weights,
         1.0,
     )
+
+
+def normalisation(
+    layout: str = "channels_last",
+    dtype: str = "bfloat16",
+    shape: tuple[int, ...] = (2, 128, 16, 16),
+    options: str = "",
+    aside: int = 0,
+    x: torch.Tensor | None = None,
+) -> Launch:
+    """Of 32 groups or all channels. options: which of emb, scale (and shift) and residual there
+    are; aside: how many floats off a vector's address rows of channels begin."""
+    x = empty(shape, layout, FLOATS[dtype]) if x is None else x
+    samples, channels = x.shape[:2]
+    groups = 32 if channels > 32 else channels // 3
+    residual = torch.empty_like(x) if "residual" in options else None
+    affine = rows_of_channels(samples, channels, options, aside)
+    statistics = torch.empty(2, samples, groups)
+    return lambda: launch_group_norm_silu(
+        x,
+        residual,
+        None if residual is None else torch.empty_like(x),
+        torch.empty_like(x),
+        layout == "channels_last",
+        groups,
+        affine,
+        1e-5,
+        True,
+        *statistics,
+    )
+
+
+def differentiation(
+    layout: str = "channels_last",
+    dtype: str = "bfloat16",
+    shape: tuple[int, ...] = (2, 128, 16, 16),
+    options: str = "",
+    aside: int = 0,
+) -> Launch:
+    """Its gradient."""
+    s, dy, dsum, dx = (empty(shape, layout, FLOATS[dtype]) for _ in range(4))
+    affine = rows_of_channels(*shape[:2], options, aside)
+    mean, rstd, *means = torch.empty(4, shape[0], 32)
+    arguments = (layout == "channels_last", affine, True, mean, rstd)
+
+    def launch() -> None:
+        launch_group_norm_silu_sums(s, dy, *arguments, torch.empty(3, *shape[:2]))
+        dsum_ = dsum if "residual" in options else None
+        launch_group_norm_silu_bwd(s, dy, dsum_, dx, *arguments, torch.stack(means))
+
+    return launch
+
+
+def rows_of_channels(samples: int, channels: int, options: str, aside: int) -> tuple[Any, ...]:
+    """weight, bias, emb, scale and shift, the last two halves of a tensor."""
+    weight, bias = (torch.empty(channels + aside)[aside:] for _ in range(2))
+    emb = torch.empty(samples, channels + 4)[:, :channels] if "emb" in options else None
+    scale = shift = None
+    if "scale" in options:
+        scale, shift = torch.empty(samples, 2 * channels).chunk(2, 1)
+    return weight, bias, emb, scale, shift
