@@ -251,8 +251,7 @@ inline GroupNormSiluBwdParams group_norm_silu_bwd_params(
 inline Conv2dParams conv2d_params(uintptr_t x, int64_t x_sample, int64_t x_row, int64_t x_pixel,
                                   uintptr_t residual, int64_t residual_sample, int64_t residual_row,
                                   int64_t residual_pixel, uintptr_t y, int64_t y_sample,
-                                  int64_t y_row, int64_t y_pixel, int64_t phase_row,
-                                  int64_t phase_pixel, uintptr_t weights, uintptr_t bias,
+                                  int64_t y_row, int64_t y_pixel, uintptr_t weights, uintptr_t bias,
                                   int64_t bias_stride, int64_t samples, int64_t rows, int64_t cols,
                                   int64_t c_in, int64_t c_out, int kernel, int stride, int phases) {
   Conv2dParams p{};
@@ -262,7 +261,6 @@ inline Conv2dParams conv2d_params(uintptr_t x, int64_t x_sample, int64_t x_row, 
   p.residual_strides = {residual_sample, residual_row, residual_pixel};
   p.y = pointer<float>(y);
   p.y_strides = {y_sample, y_row, y_pixel};
-  p.phase_strides = {0, phase_row, phase_pixel};
   p.weights = pointer<float>(weights);
   p.bias = pointer<float>(bias);
   p.bias_stride = bias_stride;

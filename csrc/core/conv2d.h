@@ -12,16 +12,16 @@
 namespace ddpm_fast {
 
 // kernel x kernel taps, `stride` pixels apart. With 4 phases, one for each parity of row and
-// column, it is the convolution of a twice as large image that repeats each pixel of x: phase (a,
-// b) begins a rows and b pixels further on in x and y, and y's strides are those of pixels of one
-// phase.
+// column, it is the convolution of a twice as large image that repeats each pixel of x to 2 x 2:
+// phase (a, b) begins a rows and b pixels further on in x, and gives the pixels (2 row + a, 2 col +
+// b) of y.
 struct Conv2dParams {
   const float* x;
   const float* weights;   // [phases, blocks, taps, c_in, block], see kConvBlock
   const float* bias;      // [c_out] for each sample, or for all with stride 0; or null
   const float* residual;  // or null
   float* y;
-  PixelStrides x_strides, residual_strides, y_strides, phase_strides;
+  PixelStrides x_strides, residual_strides, y_strides;
   int64_t bias_stride;
   int64_t samples, rows, cols;  // of y, in one phase
   int64_t c_in, c_out;

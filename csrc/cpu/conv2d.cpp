@@ -21,8 +21,8 @@ struct Pixel {
 
   Pixel(const Conv2dParams& p, int64_t index)
       : sample(index / (p.rows * p.cols)), row(index / p.cols % p.rows), col(index % p.cols) {}
-  int64_t offset(const PixelStrides& s, int64_t scale = 1) const {
-    return sample * s.sample + (row * s.row + col * s.pixel) * scale;
+  int64_t offset(const PixelStrides& s, int64_t scale, int64_t down, int64_t right) const {
+    return sample * s.sample + (row * scale + down) * s.row + (col * scale + right) * s.pixel;
   }
 };
 
@@ -31,8 +31,7 @@ void run(const Conv2dParams& p, const Task& task) {
   const int64_t blocks = ceil_div(p.c_out, kConvBlock);
   const int64_t phase = task.column / blocks, block = task.column % blocks;
   const float* block_weights = p.weights + task.column * taps * p.c_in * kConvBlock;
-  const int64_t x_shift = phase / 2 * p.x_strides.row + phase % 2 * p.x_strides.pixel;
-  const int64_t y_shift = phase / 2 * p.phase_strides.row + phase % 2 * p.phase_strides.pixel;
+  const int64_t down = phase / 2, right = phase % 2, scale = p.phases == 1 ? 1 : 2;
   // Taps that lie side by side, as the pixels of a row do, are one longer product.
   const bool dense = p.x_strides.pixel == p.c_in;
   const int64_t depth = dense ? p.kernel * p.c_in : p.c_in;
@@ -46,9 +45,9 @@ void run(const Conv2dParams& p, const Task& task) {
     const int count = static_cast<int>(std::min<int64_t>(kTileRows, task.end - first));
     for (int r = 0; r < kTileRows; ++r) {
       const Pixel pixel(p, first + std::min(r, count - 1));
-      rows[r] = p.x + x_shift + pixel.offset(p.x_strides, p.stride);
-      outputs[r] = p.y + y_shift + pixel.offset(p.y_strides);
-      residuals[r] = p.residual + pixel.offset(p.residual_strides);
+      rows[r] = p.x + pixel.offset(p.x_strides, p.stride, down, right);
+      outputs[r] = p.y + pixel.offset(p.y_strides, scale, down, right);
+      residuals[r] = p.residual + pixel.offset(p.residual_strides, scale, down, right);
       biases[r] = p.bias + pixel.sample * p.bias_stride;
     }
     for (int64_t part = 0; part < kConvBlock; part += kTileChannels) {

@@ -2,6 +2,7 @@
 // summed over k in order, so that a result's bits depend on neither the batch nor the threads.
 #pragma once
 
+#include <algorithm>
 #include <memory>
 
 #include "../core/conv2d.h"
@@ -35,6 +36,10 @@ struct TileSums {
   VecF sums[kTileRows][kTileVectors];
 };
 
+// Products that are added up in a row, before their sum joins the others: the error of a sum grows
+// with the length of its chain.
+constexpr int64_t kChain = 128;
+
 // sums[r][·] += sum over k < depth of rows[r][offset + k x_stride] * weights[k w_stride + ·], the
 // first kVectors vectors of them.
 template <int kVectors = kTileVectors>
@@ -43,19 +48,26 @@ DDPM_FAST_HD void multiply(const float* const (&rows)[kTileRows], int64_t offset
   const float* x[kTileRows];
 #pragma GCC unroll 8
   for (int r = 0; r < kTileRows; ++r) x[r] = rows[r] + offset;
-  for (int64_t k = 0; k < depth; ++k) {
-    VecF w[kVectors];
+  for (int64_t first = 0; first < depth; first += kChain) {
+    const int64_t end = std::min(first + kChain, depth);
+    VecF sums[kTileRows][kVectors]{};
+    for (int64_t k = first; k < end; ++k) {
+      VecF w[kVectors];
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) w[v] = load_unaligned<VecF>(weights + v * kWidth);
+      for (int v = 0; v < kVectors; ++v) w[v] = load_unaligned<VecF>(weights + v * kWidth);
+#pragma GCC unroll 8
+      for (int r = 0; r < kTileRows; ++r) {
+        const VecF value = Lanes::splat(x[r][k * x_stride]);
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) sums[r][v] = multiply_add(value, w[v], sums[r][v]);
+      }
+      weights += w_stride;
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < kTileRows; ++r) {
-      const VecF value = Lanes::splat(x[r][k * x_stride]);
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) {
-        tile.sums[r][v] = multiply_add(value, w[v], tile.sums[r][v]);
-      }
+      for (int v = 0; v < kVectors; ++v) tile.sums[r][v] += sums[r][v];
     }
-    weights += w_stride;
   }
 }
 

@@ -7,6 +7,7 @@ at every step with the residual blocks' rows (nn/time_table.py) and a number of 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,20 +43,18 @@ class Workspace:
         self._free: dict[tuple[int, ...], list[Tensor]] = {}
         self._taken: dict[int, tuple[tuple[int, ...], Tensor]] = {}
 
-    def take(self, *shape: int) -> Tensor:
+    def take(self, n: int, h: int, w: int, c: int) -> Tensor:
         """An image [n, h, w, c] of any contents."""
-        size = 1
-        for side in shape:
-            size *= side
-        return self._take((size,), torch.empty).view(shape)
+        return self._take((n * h * w * c,), torch.empty, n * h * w * c).view(n, h, w, c)
 
     def take_padded(self, n: int, h: int, w: int, c: int) -> Tensor:
         """Zeros around the image that :func:`inside` cuts out; sides rounded up to even ones."""
-        return self._take((n, h + h % 2 + 2, w + w % 2 + 2, c), torch.zeros)
+        # Kept for images of these very sides, whose zeros are where they were
+        return self._take((n, h, w, c), torch.zeros, n, h + h % 2 + 2, w + w % 2 + 2, c)
 
-    def _take(self, key: tuple[int, ...], new: Callable[..., Tensor]) -> Tensor:
+    def _take(self, key: tuple[int, ...], new: Callable[..., Tensor], *shape: int) -> Tensor:
         free = self._free.setdefault(key, [])
-        tensor = free.pop() if free else new(key, dtype=torch.float32)
+        tensor = free.pop() if free else new(shape, dtype=torch.float32)
         self._taken[tensor.data_ptr()] = key, tensor
         return tensor
 
@@ -93,7 +92,6 @@ class Conv:
             self.weights = _packed(torch.einsum("ai,ocij,bj->ocab", g, weight.double(), g))
         elif phases:
             kernels = torch.einsum("pai,ocij,qbj->pqocab", _PHASES, weight.double(), _PHASES)
-            self.kernel = 2
             self.weights = torch.stack([_packed(kernel) for kernel in kernels.flatten(0, 1)])
         else:
             self.weights = _packed(weight)
@@ -110,42 +108,55 @@ class Conv:
         assert native is not None
         head = [x.data_ptr(), *_strides(x)]
         head += [0, 0, 0, 0] if residual is None else [residual.data_ptr(), *_strides(residual)]
-        sample, down, right = _strides(y)
+        head += [y.data_ptr(), *_strides(y), self.weights.data_ptr()]
         if self.winograd:
-            head += [y.data_ptr(), sample, down, right, self.weights.data_ptr()]
+            kernel = native.winograd_conv2d
             tail = [n, rows, cols, self.c_in, self.c_out, self.phases]
-            return _with_bias(native.winograd_conv2d, head, tail, self.bias, row)
-        phases = 4 if self.phases else 1
-        if self.phases:
-            rows, cols = rows // 2, cols // 2
-            head += [y.data_ptr(), sample, 2 * down, 2 * right, down, right]
+        elif self.phases:
+            kernel = native.conv2d
+            tail = [n, rows // 2, cols // 2, self.c_in, self.c_out, 2, 1, 4]
         else:
-            head += [y.data_ptr(), sample, down, right, 0, 0]
-        head += [self.weights.data_ptr()]
-        tail = [n, rows, cols, self.c_in, self.c_out, self.kernel, self.stride, phases]
-        return _with_bias(native.conv2d, head, tail, self.bias, row)
+            kernel = native.conv2d
+            tail = [n, rows, cols, self.c_in, self.c_out, self.kernel, self.stride, 1]
+        memory = x, y, residual, self.weights, self.bias
+        if row is None:
+            tail = [0 if self.bias is None else self.bias.data_ptr(), 0, *tail]
+        return _NativeCall(kernel, memory, tuple(head), tuple(tail), row, _address)
 
 
-def _with_bias(
-    kernel: Callable[..., None],
-    head: Sequence[int],
-    tail: Sequence[int],
-    bias: Tensor | None,
-    row: int | None,
-) -> Call:
-    if row is None:
-        fixed = (*head, 0 if bias is None else bias.data_ptr(), 0, *tail)
-        return lambda _, threads: kernel(*fixed, threads)
+@dataclass(frozen=True, slots=True)
+class _NativeCall:
+    """A kernel with its arguments but for the threads, and the memory that their addresses mean.
 
-    def run(rows: Sequence[Tensor], threads: int) -> None:
-        kernel(*head, *_address(rows[row]), *tail, threads)
+    Attributes:
+        head, tail: the arguments before and after ``of_row``'s.
+        row: which of the rows is an argument, or None.
+        of_row: the addresses and strides that a row stands for.
+    """
 
-    return run
+    kernel: Callable[..., None]
+    memory: tuple[Tensor | None, ...]
+    head: tuple[Any, ...]
+    tail: tuple[Any, ...] = ()
+    row: int | None = None
+    of_row: Callable[[Tensor], tuple[int, ...]] = tuple
+
+    def __call__(self, rows: Sequence[Tensor], threads: int) -> None:
+        if self.row is None:
+            self.kernel(*self.head, *self.tail, threads)
+        else:
+            self.kernel(*self.head, *self.of_row(rows[self.row]), *self.tail, threads)
 
 
 def _address(row: Tensor) -> tuple[int, int]:
     """Where a row is, and how far from sample to sample: 0 where they share it."""
     return row.data_ptr(), 0 if row.shape[0] == 1 else row.stride(0)
+
+
+def _halves(row: Tensor) -> tuple[int, int, int, int]:
+    """The same of a row's two halves."""
+    address, stride = _address(row)
+    return address, stride, address + row.shape[1] // 2 * row.element_size(), stride
 
 
 class Norm:
@@ -154,7 +165,6 @@ class Norm:
     def __init__(self, module: nn.GroupNorm, silu: bool, fused: bool) -> None:
         self.weight, self.bias = module.weight.detach(), module.bias.detach()
         self.groups, self.eps, self.silu, self.fused = module.num_groups, module.eps, silu, fused
-        self._scratch: list[Tensor] = []
 
     def call(self, x: Tensor, y: Tensor, *, scale_shift: int | None = None) -> Call:
         """y = the norm of x; scale_shift: which of the rows holds (scale | shift)."""
@@ -164,22 +174,15 @@ class Norm:
         shape = (n, c, self.groups, h, w, True)
         chunk, chunks, floats = cpu_chunks(shape)
         scratch = torch.empty(floats, dtype=torch.float32)
-        head = [x.data_ptr(), *_strides(x), *[0] * 8, y.data_ptr(), *_strides(y)]
-        head += [DTYPES[x.dtype], *shape]
-        head += [self.weight.data_ptr(), self.bias.data_ptr(), 0, 0]
+        head: list[Any] = [x.data_ptr(), *_strides(x), *[0] * 8, y.data_ptr(), *_strides(y)]
+        head += [DTYPES[x.dtype], *shape, self.weight.data_ptr(), self.bias.data_ptr(), 0, 0]
         tail: list[Any] = [self.eps, self.silu, 0, 0, scratch.data_ptr(), chunk, chunks]
-        self._scratch.append(scratch)
+        memory = x, y, self.weight, self.bias, scratch
+        if scale_shift is None:
+            tail = [0, 0, 0, 0, *tail]
         assert native is not None
         kernel = native.group_norm_silu
-        if scale_shift is None:
-            fixed = (*head, 0, 0, 0, 0, *tail)
-            return lambda _, threads: kernel(*fixed, threads)
-
-        def run(rows: Sequence[Tensor], threads: int) -> None:
-            address, stride = _address(rows[scale_shift])
-            kernel(*head, address, stride, address + 4 * c, stride, *tail, threads)
-
-        return run
+        return _NativeCall(kernel, memory, tuple(head), tuple(tail), scale_shift, _halves)
 
     def _plain(self, x: Tensor, y: Tensor, scale_shift: int | None) -> Call:
         def run(rows: Sequence[Tensor], _: int) -> None:
@@ -199,8 +202,7 @@ def attention_call(qkv: Tensor, heads: int, y: Tensor, own: bool) -> Call:
         assert native is not None
         kernel = native.attention
         places = [at for image in (qkv, y) for at in (image.data_ptr(), *_strides(image)[::2])]
-        fixed = (*places, n, h * w, heads, c // heads)
-        return lambda _, threads: kernel(*fixed, threads)
+        return _NativeCall(kernel, (qkv, y), (*places, n, h * w, heads, c // heads))
     parts = qkv.view(n, h * w, 3, heads, c // heads).permute(2, 0, 3, 1, 4)
     out = y.view(n, h * w, heads, c // heads).transpose(1, 2)
 
