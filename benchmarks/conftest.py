@@ -83,7 +83,7 @@ def copy_bandwidth(request: pytest.FixtureRequest, device: torch.device) -> floa
 
 
 Compare = Callable[..., dict[str, float]]
-Record = Callable[[str, int, list[dict[str, float]]], None]
+Record = Callable[..., None]
 
 
 @pytest.fixture
@@ -132,9 +132,10 @@ def compare(
 
 @pytest.fixture
 def record(request: pytest.FixtureRequest, benchmark: Any, copy_bandwidth: float) -> Record:
-    """record(case, elements, rounds): rounds of seconds by name, measured by the case itself."""
+    """record(case, elements, rounds, **more): rounds of seconds by name, measured by the case
+    itself, and what else is to be known of them."""
 
-    def run(case: str, elements: int, rounds: list[dict[str, float]]) -> None:
+    def run(case: str, elements: int, rounds: list[dict[str, float]], **more: Any) -> None:
         seconds = {name: statistics.median(r[name] for r in rounds) for name in rounds[0]}
         benchmark.pedantic(lambda: None)  # the figures are the case's own
         add_row(
@@ -146,6 +147,7 @@ def record(request: pytest.FixtureRequest, benchmark: Any, copy_bandwidth: float
                 "ratio": {
                     name: round(s / seconds[OURS], 2) for name, s in seconds.items() if name != OURS
                 },
+                **more,
             },
         )
 

@@ -1,0 +1,222 @@
+"""A step of sampling, UNet and reverse step, of the network of google/ddpm-cifar10-32 with random
+weights, against diffusers' UNet2DModel and scheduler; and what each rewrite of the plan brings,
+with its error."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from comparison import compiled
+from results import OURS
+from torch import Tensor, nn
+
+from ddpm_fast import NoiseSchedule, Sampler, UNet, UNetConfig, prepare
+from ddpm_fast.engine import REWRITES
+
+SCHEDULE = NoiseSchedule.linear()
+DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
+BATCHES = {"cpu": [1, 8, 32], "cuda": [1, 256]}
+T = (1, 400, 950)  # where errors are taken
+# In which order they join those before; what is missing here changes no speed on its own.
+ORDER = (
+    "channels_last",
+    "time_table",
+    "group_norm_silu",
+    "phase_upsample",
+    "fused_qkv",
+    "native_conv",
+    "joined_skips",
+    "native_attention",
+    "winograd",
+)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """count: of images, one a batch; with --quick the first alone."""
+    if "count" in metafunc.fixturenames:
+        batches = BATCHES[metafunc.config.getoption("--device")]
+        metafunc.parametrize(
+            "count", batches[:1] if metafunc.config.getoption("--quick") else batches
+        )
+
+
+@pytest.fixture(scope="module")
+def model(device: torch.device) -> UNet:
+    """With weights whose outputs, and whose norms, are as large as trained ones'."""
+    generator = torch.Generator().manual_seed(0)
+    unet = UNet(UNetConfig()).eval()
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim == 1:
+                parameter.add_(0.2 * noise)
+            else:
+                parameter.copy_(noise / parameter[0].numel() ** 0.5)
+    return unet.to(device, DTYPES[device.type])
+
+
+@pytest.fixture(scope="module")
+def exact(model: UNet) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(x, t, output) of the whole network in float64."""
+    generator = torch.Generator().manual_seed(1)
+    device = model.conv_in.weight.device
+    double = UNet(model.config).to(device, torch.float64).eval()
+    double.load_state_dict(model.state_dict())
+    found = []
+    for t in T:
+        x = torch.randn(2, 3, 32, 32, generator=generator).to(device, model.dtype)
+        steps = torch.full((2,), t, device=device)
+        with torch.no_grad():
+            found.append((x, steps, double(x.double(), steps)))
+    return found
+
+
+def eager_error(model: UNet, exact: list[tuple[Tensor, Tensor, Tensor]]) -> dict[str, float]:
+    """Of the model itself, in both layouts: PyTorch's kernels for either differ."""
+    last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    return {"eager": error(model, exact), "eager, channels_last": error(last, exact)}
+
+
+def error(function: Callable[..., Tensor], exact: list[tuple[Tensor, Tensor, Tensor]]) -> float:
+    """The largest ||y - y64|| / ||y64|| over t."""
+    with torch.inference_mode():
+        return max(((function(x, t) - y).norm() / y.norm()).item() for x, t, y in exact)
+
+
+class OurSteps:
+    """Steps of a Sampler, trajectory after trajectory."""
+
+    def __init__(self, model: UNet, count: int, **options: Any) -> None:
+        device = model.conv_in.weight.device
+        self.sampler = Sampler(model, SCHEDULE, variance="fixed_large", device=device, **options)
+        self.shape, self.steps = [count, 3, 32, 32], iter(())
+
+    def __call__(self) -> None:
+        if next(self.steps, None) is None:
+            self.steps: Iterator[Any] = self.sampler.stream(self.shape)
+            next(self.steps)
+
+
+class PeerSteps:
+    """Steps of diffusers' DDPMScheduler around a module."""
+
+    def __init__(self, module: nn.Module, like: UNet, count: int, channels_last: bool) -> None:
+        from diffusers import DDPMScheduler
+
+        self.module, self.scheduler = module, DDPMScheduler()
+        device = like.conv_in.weight.device
+        self.format = torch.channels_last if channels_last else torch.contiguous_format
+        self.x = torch.randn(count, 3, 32, 32).to(device, like.dtype, memory_format=self.format)
+        self.timesteps = self.scheduler.timesteps.to(device)
+        self.row = 0
+
+    def __call__(self) -> None:
+        t = self.timesteps[self.row]
+        self.row = (self.row + 1) % (len(self.timesteps) - 1)
+        eps = self.module(self.x, t).sample
+        x = self.scheduler.step(eps, t, self.x).prev_sample
+        self.x = x.contiguous(memory_format=self.format)
+
+
+def peers(model: UNet, count: int, quick: bool) -> dict[str, Callable[[], None]]:
+    """diffusers' own, in both layouts, as they are and compiled."""
+    pytest.importorskip("diffusers")
+    theirs = model.to_diffusers()
+    last = model.to_diffusers().to(memory_format=torch.channels_last)
+    found: dict[str, Callable[[], None]] = {
+        "diffusers": PeerSteps(theirs, model, count, False),
+        "diffusers, channels_last": PeerSteps(last, model, count, True),
+    }
+    if not quick:
+        found["torch.compile"] = PeerSteps(compile_(theirs), model, count, False)
+        found["torch.compile, channels_last"] = PeerSteps(compile_(last), model, count, True)
+    return found
+
+
+def compile_(module: nn.Module) -> Callable[..., Any]:
+    """As fast as PyTorch makes it: weights frozen on a CPU, autotuned on a GPU."""
+    import torch._inductor.config
+
+    torch._inductor.config.freezing = True
+    if next(module.parameters()).device.type == "cpu":
+        return compiled(module)
+    return torch.compile(module, mode="max-autotune", dynamic=False)
+
+
+def in_turn(
+    candidates: dict[str, Callable[[], None]], device: torch.device, seconds: float, steps: int
+) -> list[dict[str, float]]:
+    """Seconds a step of each, round after round; two steps before the first set things up."""
+
+    def timed(step: Callable[[], None]) -> float:
+        step()  # pays for the caches that the candidate before it left
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(steps):
+            step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) / steps
+
+    with torch.inference_mode():
+        for step in candidates.values():
+            step()
+            step()
+        rounds, names = [], list(candidates)
+        deadline = time.perf_counter() + seconds
+        while len(rounds) < 5 or time.perf_counter() < deadline:
+            times = {name: timed(candidates[name]) for name in names}
+            rounds.append({name: times[name] for name in candidates})
+            names.append(names.pop(0))  # none always follows the same
+    return rounds
+
+
+def bench_step(record, model, exact, device, count, request):
+    quick = request.config.getoption("--quick")
+    eager = eager_error(model, exact)
+    plans = {OURS: prepare(model), f"{OURS}, exact": prepare(model, without=["winograd"])}
+    errors = {name: error(plan, exact) for name, plan in plans.items()}
+    assert max(errors.values()) <= 2 * eager["eager"]
+    candidates: dict[str, Callable[[], None]] = {
+        name: OurSteps(model, count, plan=plan) for name, plan in plans.items()
+    }
+    candidates |= peers(model, count, quick)
+    rounds = in_turn(candidates, device, 5.0 if quick else 30.0, max(8 // count, 1))
+    record(
+        f"sampling step, batch {count}",
+        3072 * count,
+        rounds,
+        relative_error=errors | eager,
+    )
+
+
+@pytest.mark.parametrize("images", [1, 8])
+def bench_rewrites(record, model, exact, device, images, request):
+    """From none to all, each beside those before it."""
+    assert set(ORDER) == set(REWRITES)
+    plans = {"none": prepare(model, rewrites=())}
+    for i, name in enumerate(ORDER[:-1], 1):
+        plan = prepare(model, rewrites=ORDER[:i])
+        if name in plan.rewrites:
+            plans[f"+ {name}"] = plan
+    plans[OURS] = prepare(model)
+    errors = {name: error(plan, exact) for name, plan in plans.items()}
+    eager = eager_error(model, exact)
+    assert errors[OURS] <= 2 * eager["eager"]
+    assert max(errors.values()) <= 2 * max(eager.values())
+    candidates: dict[str, Callable[[], None]] = {
+        name: OurSteps(model, images, plan=plan) for name, plan in plans.items()
+    }
+    candidates["eager"] = OurSteps(model, images, plan="off")
+    seconds = 5.0 if request.config.getoption("--quick") else 20.0
+    rounds = in_turn(candidates, device, seconds, max(8 // images, 1))
+    record(f"rewrites, batch {images}", 3072 * images, rounds, relative_error=errors | eager)
+    del plans, candidates
+    gc.collect()
