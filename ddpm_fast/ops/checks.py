@@ -263,13 +263,16 @@ def is_eager(*tensors: Tensor | None) -> bool:
     return True
 
 
+def is_functional() -> bool:
+    """Whether derivatives are taken forward, or a transform of torch.func is at work."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
 def is_transformed(*tensors: Tensor | None) -> bool:
     """Whether derivatives are asked for, or a transform of torch.func is at work."""
     return (
-        (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
-        or forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
-    )
+        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    ) or is_functional()
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from . import checks
+from . import group_norm_silu_formulas as formulas
 from .group_norm_silu_backward import GroupNormSilu, setup_context, traced_backward
 from .group_norm_silu_formulas import Affine
 from .group_norm_silu_run import lies_channels_last, run_forward
@@ -64,7 +65,8 @@ def group_norm_silu(
 
     Returns:
         Like x, in its layout; with a residual also x + residual. Differentiable in every tensor:
-        once by a kernel, further (``create_graph=True``) by the formula in PyTorch.
+        once by a kernel; further (``create_graph=True``), in forward mode and under torch.func's
+        transforms by the formula in PyTorch.
 
     Raises:
         TypeError, ValueError: an argument of another type, shape, device or range; an out that
@@ -83,6 +85,9 @@ def group_norm_silu(
     )
     if out is not None:
         return _into(out, arguments, wants_gradient)
+    if not torch.compiler.is_compiling() and checks.is_functional():
+        y, sum_out = formulas.plain(x, num_groups, affine, eps, residual, silu)
+        return y if residual is None else (y, sum_out)
     if not checks.is_eager(*tensors):
         op = torch.ops.ddpm_fast.group_norm_silu.default
         y, sum_out, _, _ = op(*arguments, wants_gradient)

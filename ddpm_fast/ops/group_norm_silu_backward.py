@@ -92,9 +92,10 @@ def _gradients(
     slope = factor if weight is None else weight.float() * (1 if factor is None else factor)
     channels, groups = s.shape[1], mean.shape[1]
     pixels = s.numel() // max(s.shape[0] * channels, 1)
-    means = sums[:2] if slope is None else sums[:2] * slope
+    # in float64, for emb's gradient: what is left of its terms may be little, or nothing
+    means = sums[:2].double() if slope is None else sums[:2].double() * slope
     by_group = means.unflatten(2, (groups, -1)).sum(3) / max(channels // groups * pixels, 1)
-    ds = bwd_op(dy, dsum, *tensors, by_group) if of_s else None
+    ds = bwd_op(dy, dsum, *tensors, by_group.float()) if of_s else None
 
     def times_factor(sum_: Tensor) -> Tensor:
         return sum_ if factor is None else sum_ * factor
@@ -102,7 +103,10 @@ def _gradients(
     by_emb = by_scale = None
     if emb is not None:
         m1, m2, of_channel = (m.repeat_interleave(channels // groups, 1) for m in (*by_group, rstd))
-        by_emb = of_channel * (means[0] - pixels * m1 - m2 * of_x_hat)
+        # x̂ adds up to 0 over a group, but for the rounding of its mean
+        x_hat = of_x_hat.double().unflatten(1, (groups, -1))
+        x_hat = (x_hat - x_hat.mean(2, keepdim=True)).flatten(1)
+        by_emb = of_channel * (means[0] - pixels * m1 - m2 * x_hat)
     if scale is not None:
         by_scale = of_dz_x_hat if weight is None else weight.float() * of_dz_x_hat
         by_scale = by_scale if bias is None else by_scale + bias.float() * of_dz
@@ -138,9 +142,9 @@ class GroupNormSilu(torch.autograd.Function):
         return (None, *_by_kernels(ctx, dy, dsum, ctx.needs_input_grad[1:]))
 
 
-def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, num_groups, weight, bias, eps, emb, scale, shift, residual, silu, _ = inputs
-    _, sum_out, mean, rstd = outputs
+    _, sum_out, mean, rstd = output
     ctx.num_groups, ctx.eps, ctx.silu = num_groups, eps, silu
     s = x if residual is None else sum_out
     ctx.save_for_backward(s, mean, rstd, weight, bias, emb, scale, shift)
@@ -186,7 +190,8 @@ def _differentiable(ctx: Any, dy: Tensor | None, dsum: Tensor | None) -> tuple[T
             wide, ctx.num_groups, weight, bias, eps=ctx.eps, emb=emb, scale=scale, shift=shift,
             silu=ctx.silu,
         )  # fmt: skip
-        found = torch.autograd.grad(y, [views[i] for i in wanted], dy.float(), create_graph=True)
+        inputs = [view for i, view in enumerate(views) if i in wanted and view is not None]
+        found = torch.autograd.grad(y, inputs, dy.float(), create_graph=True)
     gradients: list[Tensor | None] = [None] * 6
     for i, gradient in zip(wanted, found, strict=True):
         gradients[i] = gradient

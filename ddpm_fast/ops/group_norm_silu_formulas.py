@@ -66,6 +66,23 @@ def forward(
         sum_out.copy_(s)
 
 
+def plain(
+    x: Tensor,
+    num_groups: int,
+    affine: Affine,
+    eps: float,
+    residual: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor]:
+    """y and x + residual by PyTorch's own operations throughout."""
+    s = x if residual is None else x + residual
+    weight, bias, emb, scale, shift = (None if t is None else t.float() for t in affine)
+    y, _ = reference.group_norm_silu(
+        s.float(), num_groups, weight, bias, eps=eps, emb=emb, scale=scale, shift=shift, silu=silu
+    )
+    return y.to(x.dtype), s
+
+
 def sums(
     dy: Tensor, s: Tensor, mean: Tensor, rstd: Tensor, affine: Affine, silu: bool, out: Tensor
 ) -> None:
