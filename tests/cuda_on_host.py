@@ -103,4 +103,5 @@ def on_host(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     module.run = run
     yield module
     module.set_blocks_only(False)
+    module.set_chunks_only(False)
     module.set_most_tiles(2**64 - 1)

@@ -46,7 +46,8 @@ class Machine:
         """Of one lane: what its instructions are shared among."""
         vectors = re.search(r"WholeVectors<(\w+), ", self.body)
         if vectors is not None:
-            return 16 if vectors[1] == "Float32" else 32
+            held = 8 if self.body.startswith("GroupNormSiluWhole") else 4
+            return held * (4 if vectors[1] == "Float32" else 8)
         layout = re.search(r"(Contiguous|ChannelsLast)<([\d, ]+)>", self.body)
         if layout is None:
             return 4

@@ -14,6 +14,7 @@ from ddpm_fast import group_norm_silu, randn, reference
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 # Shape, groups, and the layouts that take it in float32 and in 16 bits: contiguous, channels_last.
+NOT_HELD = (3, 2, 4104)  # two groups of more elements than a block holds
 CHANNELS, PIXELS, SINGLES = "ChannelVectors", "PixelVectors", "Singles"
 SHAPES = [
     ((2, 64, 8, 8), 8, (PIXELS, PIXELS), (CHANNELS, CHANNELS)),
@@ -22,7 +23,8 @@ SHAPES = [
     ((2, 24, 6, 6), 8, (PIXELS, SINGLES), (CHANNELS, CHANNELS)),  # a group ends within a vector
     ((2, 6, 5, 7), 2, (SINGLES, SINGLES), (SINGLES, SINGLES)),
     ((2, 8, 2, 4, 12), 1, (PIXELS, PIXELS), (CHANNELS, CHANNELS)),
-    ((3, 8, 1096), 4, (PIXELS, PIXELS), None),  # two chunks, the second shorter
+    (NOT_HELD, 1, (PIXELS, PIXELS), None),  # five chunks, the last shorter
+    ((2, 20, 12, 12), 10, (PIXELS, PIXELS), (CHANNELS, SINGLES)),  # the last tile has fewer groups
     ((3, 40), 5, (SINGLES, SINGLES), None),
 ]
 CASES = [
@@ -62,15 +64,19 @@ def formula(x, groups, given, silu, dtype):
 
 
 def short(on_host: ModuleType) -> str:
+    """The layout that took a problem; whole: as groups that a block holds."""
     name = on_host.last_body().replace("ddpm_fast::", "").replace("cuda::", "")
-    for last, layout in (("true", CHANNELS), ("false", PIXELS)):
-        if name.startswith("WholeVectors") and name.endswith(f"{last}>"):
-            return layout
+    whole = "whole " * name.startswith("GroupNormSiluWhole")
+    for last, layout in (("true>", CHANNELS), ("false>", PIXELS)):
+        if "WholeVectors" in name and last in name:
+            return whole + layout
     return name
 
 
+@pytest.mark.parametrize("chunks_only", [False, True], ids=["", "chunks"])
 @pytest.mark.parametrize(("shape", "groups", "layout", "bodies"), CASES)
-def test_forward(shape, groups, layout, bodies, on_host):
+def test_forward(shape, groups, layout, bodies, chunks_only, on_host):
+    on_host.set_chunks_only(chunks_only)
     for dtype in DTYPES:
         for options, silu in [*OPTIONS, (ALL, True)]:
             x, given = arguments(shape, layout, dtype, options)
@@ -84,7 +90,9 @@ def test_forward(shape, groups, layout, bodies, on_host):
             assert y.stride() == x.stride()
             exact = formula(x, groups, given, silu, torch.float64)
             assert_as_good_as_eager(y, formula(x, groups, given, silu, dtype), exact)
-            assert short(on_host) == bodies[dtype != torch.float32]
+            body = bodies[dtype != torch.float32]
+            held = not chunks_only and body != SINGLES and shape != NOT_HELD
+            assert short(on_host) == "whole " * held + body
 
 
 def gradients(run, x, groups, given, silu, dtype=None):
@@ -134,7 +142,7 @@ def test_gradients(shape, groups, layout, bodies, on_host):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_the_batch_has_no_say(layout, on_host):
     """A sample's results and sums have the same bits alone and in any batch."""
-    for shape, groups in (((5, 24, 6, 6), 8), ((3, 8, 12, 100), 2), ((4, 6, 5, 7), 3)):
+    for shape, groups in (((5, 24, 6, 6), 8), ((3, 8, 12, 400), 2), ((4, 6, 5, 7), 3)):
         x, given = arguments(shape, layout, torch.float32, "weight bias residual")
         residual = given.pop("residual")
 
@@ -151,8 +159,10 @@ def test_the_batch_has_no_say(layout, on_host):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("channels", [16, 6])
-def test_tensors_with_gaps(dtype, channels, on_host):
+@pytest.mark.parametrize(
+    ("channels", "body"), [(16, f"whole {CHANNELS}"), (16, CHANNELS), (6, SINGLES)]
+)
+def test_tensors_with_gaps(dtype, channels, body, on_host):
     """x and the residual are slices of channels, the result the interior of a padded buffer: what
     lies between is neither read nor written."""
     wide = torch.full((2, 3 * channels, 5, 7), torch.nan, dtype=dtype)
@@ -163,8 +173,9 @@ def test_tensors_with_gaps(dtype, channels, on_host):
     residual.copy_(given.pop("residual"))
     buffer = torch.full((2, 7, 9, channels), 3.0, dtype=dtype)
     out = buffer[:, 1:-1, 1:-1].permute(0, 3, 1, 2)
+    on_host.set_chunks_only(body == CHANNELS)
     on_host.run(lambda: group_norm_silu(x, 2, **given, residual=residual, out=out))
-    assert short(on_host) == (CHANNELS if channels == 16 else SINGLES)
+    assert short(on_host) == body
     dense = on_host.run(lambda: group_norm_silu(values, 2, **given, residual=residual))
     assert torch.equal(out, dense[0])
     border = buffer.clone()
@@ -173,22 +184,26 @@ def test_tensors_with_gaps(dtype, channels, on_host):
     assert wide[:, channels : 2 * channels].isnan().all()
 
 
-def test_in_place_and_offsets_of_64_bits(on_host):
+@pytest.mark.parametrize("body", [f"whole {CHANNELS}", CHANNELS])
+def test_in_place_and_offsets_of_64_bits(body, on_host):
     """Of a tensor whose elements lie further apart than 2^31."""
     torch.use_deterministic_algorithms(False)  # pages that nobody touches are never there
     memory = torch.empty(2**32 + 2**31, dtype=torch.bfloat16)
     x = memory.as_strided((2, 8, 2, 2), (2**32, 1, 2**30 + 2**20, 64))
     values, _ = arguments((2, 8, 2, 2), "channels_last", torch.bfloat16, "")
     x.copy_(values)
+    on_host.set_chunks_only(body == CHANNELS)
     on_host.run(lambda: group_norm_silu(x, 2, out=x))
-    assert short(on_host) == CHANNELS
+    assert short(on_host) == body
     expected = on_host.run(lambda: group_norm_silu(values, 2))
     assert torch.equal(x, expected)
 
 
+@pytest.mark.parametrize("chunks_only", [False, True], ids=["", "chunks"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_a_mean_far_from_zero(layout, on_host):
+def test_a_mean_far_from_zero(layout, chunks_only, on_host):
     """10^4 standard deviations away: E[x^2] - E[x]^2 would leave nothing of the variance."""
+    on_host.set_chunks_only(chunks_only)
     x = laid_out(1e4 + randn((2, 16, 24, 24), seed=1), layout)
     y = on_host.run(lambda: group_norm_silu(x, 4, silu=False))
     exact = formula(x, 4, {}, False, torch.float64)

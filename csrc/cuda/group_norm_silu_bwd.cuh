@@ -45,7 +45,7 @@ struct GroupNormSiluSums {
                                uint32_t tile, int thread) {
     const GroupLane<Layout> lane(tiles, tile, thread);
     Part sums{};
-    if (lane.channel >= p.shape.channels) return sums;
+    if (!lane.inside) return sums;
     const TensorStrides strides = strides_in(p.shape, p.s_strides);
     const TensorStrides dense = strides_in(p.shape, dense_strides(p.shape));
     const ChannelGradients<kChannels> channels(p, tiles, lane.n, lane.channel);
@@ -77,7 +77,7 @@ struct GroupNormSiluSums {
                                uint32_t tile, int thread, const Part& sums) {
     const GroupLane<Layout> lane(tiles, tile, thread);
     const int64_t channels = p.shape.channels;
-    if (!lane.leads || lane.channel >= channels) return;
+    if (!lane.leads) return;
     const bool whole = tiles.chunks == 1;
     float* to = whole ? p.sums + lane.n * channels
                       : p.scratch + 3 * channels * (lane.n * int64_t{tiles.chunks} + lane.chunk);
@@ -110,7 +110,8 @@ struct GroupNormSiluSumsFinish {
   static DDPM_FAST_HD void put(const GroupNormSiluBwdParams& p, int64_t n, int64_t i,
                                const Sums<1>& sum) {
     if (i >= sums_of_sample(p)) return;
-    const int64_t which = i / p.shape.channels, channel = i - which * p.shape.channels;
+    const int64_t which = (i >= p.shape.channels) + (i >= 2 * p.shape.channels);
+    const int64_t channel = i - which * p.shape.channels;
     p.sums[(which * p.shape.samples + n) * p.shape.channels + channel] = sum.of[0];
   }
 };
@@ -125,7 +126,7 @@ struct GroupNormSiluBwd {
   static DDPM_FAST_HD void run(const GroupNormSiluBwdParams& p, const GroupTiles& tiles,
                                uint32_t tile, int thread) {
     const GroupLane<Layout> lane(tiles, tile, thread);
-    if (lane.channel >= p.shape.channels) return;
+    if (!lane.inside) return;
     const TensorStrides strides = strides_in(p.shape, p.s_strides);
     const TensorStrides dense = strides_in(p.shape, dense_strides(p.shape));
     const ChannelGradients<kChannels> channels(p, tiles, lane.n, lane.channel);

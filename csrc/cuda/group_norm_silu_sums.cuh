@@ -19,6 +19,22 @@ DDPM_FAST_HD float reciprocal(float x) {
 #endif
 }
 
+// To the last rounding or so, without the subroutine of a division or a root.
+DDPM_FAST_HD float precise_reciprocal(float x) {
+  const float y = reciprocal(x);
+  return ScalarLanes::fma(ScalarLanes::fma(-x, y, 1.0f), y, y);
+}
+DDPM_FAST_HD float reciprocal_root(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("rsqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+#else
+  const float y = 1.0f / std::sqrt(x);
+#endif
+  const float error = ScalarLanes::fma(-x * y, y, 1.0f);
+  return error - error == 0.0f ? ScalarLanes::fma(0.5f * y, error, y) : y;  // of 0 and infinity
+}
+
 // sigmoid(z), z >= -87, to 2^-22 and what z log2(e) loses in rounding, |z| 2^-24: the core's takes
 // three times as many instructions.
 DDPM_FAST_HD float quick_sigmoid(float z) {
@@ -51,25 +67,32 @@ __device__ __forceinline__ Sums<kSums> from_lane(int apart, const Sums<kSums>& x
   return other;
 }
 
-// The lanes that lead have what those of their channels add up to.
-template <class Layout, class Part>
+// The lanes that lead have what those of their channels add up to, in a block of up to kMostWarps
+// of whose lanes up to kMostLanes lie along channels.
+template <class Layout, int kMostWarps = kWarps, int kMostLanes = kWarp, class Part>
 __device__ __forceinline__ void add_threads(const GroupTiles& tiles, Part& part) {
   const int last = tiles.to();
 #pragma unroll 1
   for (int apart = tiles.from(); apart >= last; apart /= 2) part += from_lane(apart, part);
   if constexpr (Layout::kPixels == 1) {
     if (!Layout::channels_last(tiles.channels_last)) return;  // a warp's channels are its own
-    __shared__ Part of_warp[kWarps][kWarp];
+    __shared__ Part of_warp[kMostWarps][kMostLanes];
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
     if (lane < last) of_warp[warp][lane] = part;
     __syncthreads();
     if (warp != 0 || lane >= last) return;
 #pragma unroll 1
-    for (int i = 1; i < kWarps; ++i) part += of_warp[i][lane];
+    for (int i = 1; i < tiles.warps; ++i) part += of_warp[i][lane];
   }
 }
 
-// Every thread of a block has what all of them add up to.
+// Every lane of a warp, every thread of a block has what all of them add up to.
+template <int kSums>
+__device__ __forceinline__ void add_warp(Sums<kSums>& sums) {
+  add_lanes(sums);
+  DDPM_FAST_UNROLL
+  for (int k = 0; k < kSums; ++k) sums.of[k] = __shfl_sync(0xFFFFFFFFu, sums.of[k], 0);
+}
 template <int kSums>
 __device__ __forceinline__ void add_block(Sums<kSums>& sums) {
   __shared__ Sums<kSums> of_warp[kWarps];
@@ -84,12 +107,12 @@ __device__ __forceinline__ void add_block(Sums<kSums>& sums) {
 template <class Layout, class Part>
 void add_threads(const GroupTiles& tiles, Part* parts) {
   for (int apart = tiles.from(); apart >= tiles.to(); apart /= 2) {
-    for (int warp = 0; warp < kThreads; warp += kWarp) {
+    for (int warp = 0; warp < kWarp * tiles.warps; warp += kWarp) {
       for (int i = 0; i + apart < kWarp; ++i) parts[warp + i] += parts[warp + i + apart];
     }
   }
   if (!Layout::channels_last(tiles.channels_last)) return;
-  for (int i = 1; i < kWarps; ++i) {
+  for (int i = 1; i < tiles.warps; ++i) {
     for (int lane = 0; lane < tiles.to(); ++lane) parts[lane] += parts[i * kWarp + lane];
   }
 }

@@ -92,10 +92,12 @@ struct GroupTiles {
   uint64_t count;
   uint32_t chunks, of_channels;  // of a sample; of a chunk
   uint32_t chunk, pixels;        // of a chunk; of a sample
+  uint32_t channels, of_tile;    // of a sample; of a tile
   Divider by_chunks, by_channels, by_cols, by_group;
   uint32_t group;  // channels of one
   uint32_t cols;
-  int bits;  // log2 of a warp's lanes that lie along channels
+  int bits;   // log2 of a warp's lanes that lie along channels
+  int warps;  // of a block
   bool channels_last;
 
   // Lanes whose sums belong together lie `from`, from / 2, ... `to` apart in a warp, and where the
@@ -110,8 +112,30 @@ inline int log2_up(uint64_t n) {
   return log2;
 }
 
-// Of chunks of `chunk` pixels; 0: as many as the threads have in flight at once. Without a count
-// (of more than 2^31 pixels or tiles) there is no launch.
+// Tiles of `chunk` pixels and tiles.of_tile channels. Of more than 2^31 pixels or tiles there is no
+// count, and no launch.
+inline void cut(const GroupNormShape& shape, int64_t chunk, GroupTiles& tiles) {
+  const int64_t pixels = shape.pixels();
+  const int64_t chunks = (pixels + chunk - 1) / chunk;
+  const int64_t of_channels = (shape.channels + tiles.of_tile - 1) / tiles.of_tile;
+  if (pixels >> 31 != 0 || chunk >> 31 != 0 || shape.channels >> 31 != 0) return;
+  const uint64_t count = static_cast<uint64_t>(shape.samples) * chunks * of_channels;
+  if (count >> 31 != 0) return;
+  tiles.count = count;
+  tiles.chunks = static_cast<uint32_t>(chunks);
+  tiles.of_channels = static_cast<uint32_t>(of_channels);
+  tiles.chunk = static_cast<uint32_t>(chunk);
+  tiles.pixels = static_cast<uint32_t>(pixels);
+  tiles.channels = static_cast<uint32_t>(shape.channels);
+  tiles.cols = static_cast<uint32_t>(shape.cols);
+  tiles.by_chunks = divider(tiles.chunks);
+  tiles.by_channels = divider(tiles.of_channels);
+  tiles.by_cols = divider(tiles.cols);
+  tiles.group = static_cast<uint32_t>(shape.group_channels());
+  tiles.by_group = divider(tiles.group);
+}
+
+// Of chunks of `chunk` pixels; 0: as many as the threads have in flight at once.
 template <class Layout>
 GroupTiles group_tiles(const GroupNormShape& shape, int64_t chunk) {
   GroupTiles tiles{};
@@ -123,24 +147,9 @@ GroupTiles group_tiles(const GroupNormShape& shape, int64_t chunk) {
   const int bits = last ? log2_up(vectors) : 5 - std::min(5, log2_up(in_line));
   tiles.bits = std::min(5, bits);
   const int64_t along_pixels = (kWarp >> tiles.bits) * (last ? kWarps : 1) * Layout::kPixels;
-  const int64_t along_channels = (int64_t{1} << tiles.bits) * (last ? 1 : kWarps);
-  if (chunk <= 0) chunk = along_pixels * kInFlight;
-  const int64_t chunks = (pixels + chunk - 1) / chunk;
-  const int64_t of_channels = (vectors + along_channels - 1) / along_channels;
-  if (pixels >> 31 != 0 || chunk >> 31 != 0 || shape.channels >> 31 != 0) return tiles;
-  const uint64_t count = static_cast<uint64_t>(shape.samples) * chunks * of_channels;
-  if (count >> 31 != 0) return tiles;
-  tiles.count = count;
-  tiles.chunks = static_cast<uint32_t>(chunks);
-  tiles.of_channels = static_cast<uint32_t>(of_channels);
-  tiles.chunk = static_cast<uint32_t>(chunk);
-  tiles.pixels = static_cast<uint32_t>(pixels);
-  tiles.cols = static_cast<uint32_t>(shape.cols);
-  tiles.by_chunks = divider(tiles.chunks);
-  tiles.by_channels = divider(tiles.of_channels);
-  tiles.by_cols = divider(tiles.cols);
-  tiles.group = static_cast<uint32_t>(shape.group_channels());
-  tiles.by_group = divider(tiles.group);
+  tiles.warps = kWarps;
+  tiles.of_tile = (1u << tiles.bits) * (last ? 1 : kWarps) * Layout::kChannels;
+  cut(shape, chunk > 0 ? chunk : along_pixels * kInFlight, tiles);
   return tiles;
 }
 
@@ -148,7 +157,9 @@ GroupTiles group_tiles(const GroupNormShape& shape, int64_t chunk) {
 template <class Layout>
 struct GroupLane {
   uint32_t n, chunk, channel, first, step, end;
-  bool leads;  // of the lanes whose sums belong together, the one that has them in the end
+  uint32_t in_tile;  // the channel, counted from the tile's first
+  bool inside;       // the tile's channels
+  bool leads;        // of the lanes whose sums belong together, the one that has them in the end
 
   DDPM_FAST_HD GroupLane(const GroupTiles& tiles, uint32_t tile, int thread) {
     const uint32_t i = tiles.by_channels.quotient(tile), of_channel = tile - i * tiles.of_channels;
@@ -157,16 +168,18 @@ struct GroupLane {
     const uint32_t lane = thread % kWarp, warp = thread / kWarp, bits = tiles.bits;
     uint32_t along_channels, along_pixels;
     if (Layout::channels_last(tiles.channels_last)) {
-      along_channels = of_channel << bits | (lane & ((1u << bits) - 1));
+      along_channels = lane & ((1u << bits) - 1);
       along_pixels = warp << (5 - bits) | lane >> bits;
-      step = (kThreads >> bits) * Layout::kPixels;
+      step = (kWarp * tiles.warps >> bits) * Layout::kPixels;
     } else {
-      along_channels = (of_channel * kWarps + warp) << bits | lane >> (5 - bits);
+      along_channels = warp << bits | lane >> (5 - bits);
       along_pixels = lane & ((kWarp >> bits) - 1);
       step = (kWarp >> bits) * Layout::kPixels;
     }
-    leads = along_pixels == 0;
-    channel = along_channels * Layout::kChannels;
+    in_tile = along_channels * Layout::kChannels;
+    channel = of_channel * tiles.of_tile + in_tile;
+    inside = in_tile < tiles.of_tile && channel < tiles.channels;
+    leads = inside && along_pixels == 0;
     const uint32_t begin = chunk * tiles.chunk;
     first = begin + along_pixels * Layout::kPixels;
     end = tiles.pixels - begin < tiles.chunk ? tiles.pixels : begin + tiles.chunk;

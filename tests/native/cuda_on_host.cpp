@@ -10,8 +10,8 @@
 #include "../../csrc/arguments.h"
 #include "../../csrc/cuda/add_noise.cuh"
 #include "../../csrc/cuda/denoising_loss.cuh"
-#include "../../csrc/cuda/group_norm_silu.cuh"
 #include "../../csrc/cuda/group_norm_silu_bwd.cuh"
+#include "../../csrc/cuda/group_norm_silu_whole.cuh"
 #include "../../csrc/cuda/randn.cuh"
 #include "../../csrc/cuda/reverse_step.cuh"
 #include "../../csrc/cuda/vlb_terms.cuh"
@@ -21,7 +21,7 @@ using namespace ddpm_fast;
 
 namespace {
 
-bool blocks_only = false;
+bool blocks_only = false, chunks_only = false;
 uint64_t most_tiles = ~uint64_t{0};
 std::string last_body;
 
@@ -126,6 +126,40 @@ void visit_groups(const Params& p, const Visit& visit, const Run& run) {
   visit(p, named);
 }
 
+// at(i): the place of the i-th thread of those that take a group.
+template <class Place>
+void finish_group(const GroupNormSiluParams& p, int threads, const Place& at) {
+  using Finish = cuda::GroupNormSiluFinish<1>;
+  cuda::Sums<1> first[cuda::kThreads];
+  cuda::Sums<2> second[cuda::kThreads];
+  for (int i = threads; i-- > 0;) first[i] = Finish::sum(p, at(i));
+  const float about = Finish::mean(p, at(0), cuda::add_block(first, threads));
+  for (int i = threads; i-- > 0;) second[i] = Finish::sums_about(p, at(i), about);
+  const cuda::Sums<2> sums = cuda::add_block(second, threads);
+  for (int i = threads; i-- > 0;) Finish::put(p, at(i), about, sums);
+}
+
+template <class Body>
+void run_whole_groups(const GroupNormSiluParams& p, const cuda::GroupTiles& tiles) {
+  last_body = name_of<Body>();
+  const int threads = cuda::kWarp * tiles.warps;
+  for (uint64_t tile = tiles.count; tile-- > 0;) {
+    typename Body::Held held[cuda::kWarp * Body::kMostWarps];
+    typename Body::Part parts[cuda::kWarp * Body::kMostWarps];
+    typename Body::Shared shared;
+    for (float& x : shared.moments) x = std::numeric_limits<float>::quiet_NaN();
+    for (float& x : shared.affine) x = std::numeric_limits<float>::quiet_NaN();
+    for (int i = threads; i-- > 0;) parts[i] = Body::read(p, tiles, tile, i, held[i]);
+    cuda::add_threads<typename Body::Layout>(tiles, parts);
+    for (int i = threads; i-- > 0;) Body::tell(tiles, tile, i, parts[i], shared);
+    for (uint32_t group = Body::groups_of(tiles, tile); group-- > 0;) {
+      finish_group(p, cuda::kWarp,
+                   [&](int lane) { return Body::place(tiles, tile, group, lane, shared); });
+    }
+    for (int i = threads; i-- > 0;) Body::write(p, tiles, tile, i, held[i], shared);
+  }
+}
+
 template <class... Args>
 auto group_norm_on_host(GroupNormSiluParams (*make)(Args...)) {
   return [=](Args... args) {
@@ -133,21 +167,21 @@ auto group_norm_on_host(GroupNormSiluParams (*make)(Args...)) {
     const auto visit = [](const auto& q, const auto& run) { cuda::visit_group_norm_silu(q, run); };
     visit_groups(p, visit, [&](auto layout) {
       using Layout = decltype(layout);
-      using Finish = cuda::GroupNormSiluFinish;
+      using Finish = cuda::GroupNormSiluFinish<1>;
+      if constexpr (Layout::kElements > 1) {
+        using Whole = cuda::GroupNormSiluWhole<Layout>;
+        const cuda::GroupTiles tiles = Whole::tiles(p.shape);
+        if (tiles.count > 0 && !chunks_only) return run_whole_groups<Whole>(p, tiles);
+      }
       run_group_parts<cuda::GroupNormSiluMoments<Layout>>(
           p, cuda::group_tiles<Layout>(p.shape, p.chunk));
-      const cuda::Divider by_channels = cuda::divider(p.shape.group_channels());
-      const int threads = cuda::threads_for(p.chunks * p.shape.group_channels());
+      const int64_t channels = p.shape.group_channels();
+      const cuda::Divider by_channels = cuda::divider(channels);
+      const int threads = cuda::threads_for(p.chunks * channels);
       for (int64_t block = p.shape.samples * p.shape.groups; block-- > 0;) {
-        const auto at = [&](int i) { return Finish::Group(p, by_channels, block, i, threads); };
-        cuda::Sums<1> first[cuda::kThreads];
-        cuda::Sums<2> second[cuda::kThreads];
-        for (int i = threads; i-- > 0;) first[i] = Finish::sum(p, at(i));
-        const float about =
-            cuda::add_block(first, threads).of[0] / static_cast<float>(p.shape.group_elements());
-        for (int i = threads; i-- > 0;) second[i] = Finish::sums_about(p, at(i), about);
-        const cuda::Sums<2> sums = cuda::add_block(second, threads);
-        for (int i = threads; i-- > 0;) Finish::put(p, at(i), about, sums);
+        finish_group(p, threads, [&](int i) {
+          return Finish::place(p, channels, by_channels, block, i, threads);
+        });
       }
       run_group_tiles<cuda::GroupNormSiluApply<Layout>>(p, cuda::group_tiles<Layout>(p.shape, 0));
     });
@@ -217,6 +251,7 @@ PYBIND11_MODULE(_native, m) {
         }));
   m.def("last_body", [] { return last_body; });
   m.def("set_blocks_only", [](bool only) { blocks_only = only; });
+  m.def("set_chunks_only", [](bool only) { chunks_only = only; });
   m.def("set_most_tiles", [](uint64_t most) { most_tiles = most; });  // the last ones
   m.def("quotient", &quotient);
 }
