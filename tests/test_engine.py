@@ -72,16 +72,17 @@ def test_is_the_function_of_the_model(name, dtype):
     assert reference.error_of_steps(plan.trajectory(T)) <= 2 * reference.eager
     bare = prepare(reference.model, rewrites=())
     assert bare.rewrites == ()
-    assert reference.error(bare) <= 2 * reference.eager
     assert reference.error_of_steps(bare.trajectory(T)) <= 2 * reference.eager
 
 
 @pytest.mark.parametrize(
-    ("rewrite", "dtype"),
-    [(r, dtype) for r in REWRITES for dtype in DTYPES if dtype == DTYPES[0] or r not in NATIVE],
+    ("rewrite", "dtype", "name"),
+    [
+        *[(r, torch.float32, name) for r in REWRITES for name in ("mixed", "theirs")],
+        *[(r, dtype, "mixed") for r in REWRITES if r not in NATIVE for dtype in DTYPES[1:]],
+    ],
 )
-@pytest.mark.parametrize("name", ["mixed", "theirs"])
-def test_each_rewrite_alone_and_left_out(name, rewrite, dtype):
+def test_each_rewrite_alone_and_left_out(rewrite, dtype, name):
     reference = reference_of(name, dtype)
     alone = ("native_conv", rewrite) if rewrite in NATIVE else (rewrite,)
     for plan in (

@@ -3,6 +3,7 @@ and whether that has changed since."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -130,14 +131,27 @@ def _check_structure(model: nn.Module) -> None:
 
 
 def _skeleton(model: Any) -> nn.Module:
+    if is_ours(model):
+        return _made(UNet, model.config)
+    cls: Any = type(model)
+    return _made(cls, tuple((name, _hashable(value)) for name, value in _options(model)))
+
+
+@functools.lru_cache(maxsize=8)
+def _made(cls: Any, config: Any) -> nn.Module:
+    """A model without memory for its weights."""
     with torch.device("meta"):
-        made: nn.Module = UNet(model.config) if is_ours(model) else type(model)(**options(model))
+        made: nn.Module = cls(config) if cls is UNet else cls(**dict(config))
     return made
 
 
-def options(model: Any) -> dict[str, Any]:
+def _options(model: Any) -> list[tuple[str, Any]]:
     """Of a UNet2DModel's config, those that its class takes."""
-    return {name: value for name, value in model.config.items() if not name.startswith("_")}
+    return [(name, value) for name, value in model.config.items() if not name.startswith("_")]
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
