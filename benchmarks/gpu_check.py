@@ -110,17 +110,26 @@ def build(folder: Path, gpu: dict[str, str]) -> Result:
     return {"ok": shown["ok"], "backends": shown["output"].splitlines()}
 
 
-GPU_TESTS = ["tests/test_gpu.py", "tests/test_gpu_integrations.py"]
+GPU_TESTS = [
+    "tests/test_gpu.py",
+    "tests/test_gpu_integrations.py",
+    "tests/test_gpu_group_norm_silu.py",
+]
 # Triton compiles one kernel after the other, for minutes in all: side by side it is one.
 GROUPS = [
-    "cuda",
+    "cuda and group_norm_silu",
+    "cuda and not group_norm_silu",
     "triton and test_randn",
     "triton and test_add_noise and (float32 or uint8)",
     "triton and test_add_noise and not (float32 or uint8)",
     "triton and test_reverse_step and channels_last",
     "triton and test_reverse_step and not channels_last",
     "triton and objective",
-    "triton and not (test_randn or test_add_noise or test_reverse_step or objective)",
+    "triton and group_norm_silu and test_forward",
+    "triton and group_norm_silu and test_gradients",
+    "triton and group_norm_silu and not (test_forward or test_gradients)",
+    "triton and not (test_randn or test_add_noise or test_reverse_step or objective"
+    " or group_norm_silu)",
 ]
 
 

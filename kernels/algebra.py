@@ -120,13 +120,23 @@ def kl_term(precision, ratio, error):
 @triton.jit
 def sigmoid(z):
     """1 / (1 + exp(-z)) for z of at least -87, to 2 units in the last place; NaN passes."""
-    exp, _ = exp_with_excess(-tl.minimum(z, 87.0, propagate_nan=tl.PropagateNan.ALL))
-    d = exp + 1.0
+    z = tl.minimum(z, 87.0, propagate_nan=tl.PropagateNan.ALL)
+    shifted = tl.fma(z, -1.4426950216293335, 12582912.0)
+    k = shifted - 12582912.0
+    g = tl.fma(k, 0.693145751953125, z)
+    g = tl.fma(k, 1.428606765330187e-06, g)
+    e = tl.fma(0.008290272206068039, g, -0.04189816117286682)  # -exp(-g)
+    e = tl.fma(e, g, 0.1666763871908188)
+    e = tl.fma(e, g, -0.4999914765357971)
+    e = tl.fma(e, g, 0.9999997019767761)
+    e = tl.fma(e, g, -1.0)
+    exponent = shifted.to(tl.uint32, bitcast=True) << 23
+    minus_d = (e.to(tl.uint32, bitcast=True) + exponent).to(tl.float32, bitcast=True) - 1.0
     # From a guess of the exponent's bits, 5 % off, by a cubic and a quadratic step.
-    r = (0x7EF311C7 - d.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
-    error = tl.fma(-d, r, 1.0)
+    r = (0xFEF311C7 - minus_d.to(tl.uint32, bitcast=True)).to(tl.float32, bitcast=True)
+    error = tl.fma(minus_d, r, 1.0)
     r = tl.fma(r, tl.fma(error, error, error), r)
-    error = tl.fma(-d, r, 1.0)
+    error = tl.fma(minus_d, r, 1.0)
     return tl.fma(r, error, r)
 
 
