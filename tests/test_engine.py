@@ -41,7 +41,7 @@ DIFFUSERS = {
         "attn_norm_num_groups": 2,
     },
 }
-NATIVE = ("native_conv", "winograd", "joined_skips")  # that mean something with the first alone
+NATIVE = ("native_conv", "winograd", "native_attention", "joined_skips")  # that mean something with the first alone
 
 
 @cache

@@ -17,6 +17,7 @@ from unet2d_models import theirs_of
 from unet_weights import gap, randomised
 
 from ddpm_fast import NoiseSchedule, Sampler, UNet, prepare
+from ddpm_fast.backends import native
 from ddpm_fast.nn import prepared
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -102,6 +103,23 @@ def test_guidance_and_classes(calls):
         sampled(model, model_kwargs={"labels": labels})
     with pytest.raises(ValueError, match="class_labels must lie in 0 … 3; got 0 … 4"):
         sampled(model, model_kwargs={"class_labels": torch.tensor([0, 4, 1])})
+
+
+@pytest.mark.skipif(native is None, reason="installed without compiled kernels")
+@pytest.mark.parametrize("name", ["ho", "guided", "classes"])
+def test_samples_do_not_depend_on_the_batch(name):
+    """With the native executor not by a bit, whatever the classes of the others."""
+    config = replace(SMALL, num_classes=3) if name == "classes" else VARIANTS[name]
+    sampler = Sampler(randomised(UNet(config)), SCHEDULE, num_steps=10)
+    labels = None if config.num_classes is None else torch.arange(11) % 3
+
+    def drawn(ids):
+        kwargs = None if labels is None else {"class_labels": labels[list(ids)]}
+        return sampler.sample([len(ids), 1, 8, 8], seed=3, sample_ids=ids, model_kwargs=kwargs)
+
+    whole = drawn(range(11))
+    for ids in ([5], [1, 4], [9, 2, 0], [3, 4, 5, 6, 7, 8, 9]):
+        assert torch.equal(drawn(ids), whole[ids])
 
 
 def test_learned_variances_and_told_timesteps(calls):

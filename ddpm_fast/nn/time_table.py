@@ -20,7 +20,8 @@ from .blocks import ResBlock, timestep_embedding
 if TYPE_CHECKING:
     from .unet import UNet
 
-STEPS = 64  # of a trajectory, whose rows are made together
+STEPS = 64  # of a trajectory, whose rows are made together; fewer where each class has its own
+STEPS_OF_A_CLASS = 8
 _CHUNK = 2**22  # elements of a weight that are made float32 at a time
 
 
@@ -107,28 +108,41 @@ class TimeRows:
 
 
 class TimeTable:
-    """The rows of each step of a trajectory: read where all samples share them, else made of the
-    step's embedding and the samples' classes."""
+    """The rows of each step of a trajectory, some steps at a time.
+
+    With classes there are tables of their own for each. On a CPU a sample's row is read from its
+    class's, so that its bits are the same in every batch; elsewhere, where looking at the labels
+    would wait for the device, rows are made of them at each step.
+    """
 
     def __init__(self, rows: TimeRows, emb: Tensor) -> None:
         self._rows, self._emb = rows, emb  # [S, width]
-        # Of some steps from one on, by the class of all samples
+        self._steps = STEPS if rows.classes is None else STEPS_OF_A_CLASS
+        # Of some steps from one on, by the class
         self._parts: dict[int | None, tuple[int, list[Tensor]]] = {}
 
     def step(self, index: int, labels: Tensor | int | None) -> Sequence[Tensor]:
         """The rows of a step; labels [N] or [1], one for all samples, or None without classes."""
-        if isinstance(labels, Tensor):
+        if not isinstance(labels, Tensor):
+            return self._read(index, labels)
+        if labels.device.type != "cpu":
             emb = self._emb[index : index + 1]
             emb = emb + self._rows._class(labels, emb)
             # In the weights' dtype, so that they are not made float32 again at each step
             return self._rows._projected(emb.to(self._rows.first[0].dtype))
-        start = index - index % STEPS
-        part = self._parts.get(labels)
+        distinct, place = labels.unique(return_inverse=True)
+        tables = [self._read(index, label) for label in distinct.tolist()]
+        return [torch.cat(rows).index_select(0, place) for rows in zip(*tables, strict=True)]
+
+    def _read(self, index: int, label: int | None) -> list[Tensor]:
+        """Rows [1, channels] of a step and a class."""
+        start = index - index % self._steps
+        part = self._parts.get(label)
         if part is None or part[0] != start:
-            emb = self._emb[start : start + STEPS]
-            if labels is not None:
-                emb = emb + self._rows._class(labels, emb)
-            part = self._parts[labels] = start, self._rows._projected(emb)
+            emb = self._emb[start : start + self._steps]
+            if label is not None:
+                emb = emb + self._rows._class(label, emb)
+            part = self._parts[label] = start, self._rows._projected(emb)
         return [row[index - start : index - start + 1] for row in part[1]]
 
 
