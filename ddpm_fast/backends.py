@@ -314,6 +314,16 @@ def select(device: torch.device) -> str:
     return name
 
 
+def kernels_for(device: torch.device) -> bool:
+    """Whether compiled kernels take tensors on ``device``, without a word where none do."""
+    if device.type == "cpu":
+        return native is not None and _chosen.get() in ("auto", "cpu")
+    try:
+        return select(device) != "reference"
+    except RuntimeError:
+        return False
+
+
 def _automatic(device: torch.device) -> str:
     if device.type == "cpu":
         if native is not None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import UNetConfig
+from .norms import norm_silu
 
 
 def timestep_embedding(
@@ -55,14 +56,14 @@ class ResBlock(nn.Module):
         self.shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.conv1(self.resample(F.silu(self.norm1(x))))
-        emb = self.emb_proj(F.silu(emb))[:, :, None, None]
+        h = self.conv1(self.resample(norm_silu(self.norm1, x)))
+        emb = self.emb_proj(F.silu(emb))
         if self.scale_shift:
             scale, shift = emb.chunk(2, 1)
-            h = self.norm2(h) * (1 + scale) + shift
+            h = norm_silu(self.norm2, h, scale=scale, shift=shift)
         else:
-            h = self.norm2(h + emb)
-        h = self.conv2(self.dropout(F.silu(h)))
+            h = norm_silu(self.norm2, h, emb=emb)
+        h = self.conv2(self.dropout(h))
         return self.shortcut(self.resample(x)) + h
 
 
@@ -78,7 +79,7 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, height, width = x.shape
-        tokens = self.norm(x).flatten(2).transpose(1, 2)  # [N, HW, C]
+        tokens = norm_silu(self.norm, x, silu=False).flatten(2).transpose(1, 2)  # [N, HW, C]
         q, k, v = (
             part.unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # [N, heads, HW, C/heads]
             for part in self.qkv(tokens).chunk(3, 2)

@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import checkpoint
 from .blocks import AttentionBlock, Level, ResBlock, norm, timestep_embedding, zeroed
 from .config import UNetConfig
 from .inputs import check_images, check_labels
+from .norms import norm_silu
 
 __all__ = ["UNet", "UNetConfig"]
 
@@ -105,7 +105,7 @@ class UNet(nn.Module):
             x = self.mid_res2(self.mid_attention(self.mid_res1(x, emb)), emb)
         for level in self.up:
             x = level.up(x, emb, skips)  # type: ignore[operator]
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(norm_silu(self.norm_out, x))
 
     def _labels(self, labels: Tensor | None, t: Tensor) -> Tensor:
         classes = self.config.num_classes

@@ -87,15 +87,23 @@ def group_norm_silu(
         return _into(out, arguments, wants_gradient)
     if not torch.compiler.is_compiling() and checks.is_functional():
         y, sum_out = formulas.plain(x, num_groups, affine, eps, residual, silu)
-        return y if residual is None else (y, sum_out)
-    if not checks.is_eager(*tensors):
+    elif not checks.is_eager(*tensors):
         op = torch.ops.ddpm_fast.group_norm_silu.default
         y, sum_out, _, _ = op(*arguments, wants_gradient)
-    elif wants_gradient:
-        y, sum_out = GroupNormSilu.apply(_group_norm_silu, *arguments)
     else:
-        y, sum_out, _, _ = _group_norm_silu(*arguments, False)
+        y, sum_out = unchecked(*arguments)
     return y if residual is None else (y, sum_out)
+
+
+def unchecked(x: Tensor, num_groups: int, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """y and x + residual of plain tensors that have passed all checks, arguments as the op's."""
+    if torch.is_grad_enabled() and (
+        x.requires_grad or any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
+    ):
+        y, sum_out = GroupNormSilu.apply(_group_norm_silu, x, num_groups, *arguments)
+    else:
+        y, sum_out, _, _ = _group_norm_silu(x, num_groups, *arguments, False)  # type: ignore[call-arg]
+    return y, sum_out
 
 
 def _into(
