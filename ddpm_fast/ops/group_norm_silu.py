@@ -102,7 +102,12 @@ def unchecked(x: Tensor, num_groups: int, *arguments: Any) -> tuple[Tensor, Tens
     ):
         y, sum_out = GroupNormSilu.apply(_group_norm_silu, x, num_groups, *arguments)
     else:
-        y, sum_out, _, _ = _group_norm_silu(x, num_groups, *arguments, False)  # type: ignore[call-arg]
+        weight, bias, eps, emb, scale, shift, residual, silu = arguments
+        y = _empty_like(x)
+        sum_out = y if residual is None else _empty_like(x)
+        affine = Affine(weight, bias, emb, scale, shift)
+        s = None if residual is None else sum_out
+        run_forward(x, num_groups, affine, eps, residual, silu, y, s, None, None)
     return y, sum_out
 
 
@@ -188,6 +193,8 @@ def _apart(out: Tensor) -> bool:
 
 
 def _empty_like(x: Tensor) -> Tensor:
+    if x.is_contiguous():
+        return torch.empty_like(x)
     return checks.empty_laid_out(x.shape, lies_channels_last(x), x.dtype, x.device)
 
 

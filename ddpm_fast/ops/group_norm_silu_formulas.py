@@ -23,14 +23,18 @@ class Affine(NamedTuple):
 
     def as_read(self) -> Affine:
         """In float32, channels side by side."""
+        if all(t is None or (t.dtype == torch.float32 and t.stride(-1) == 1) for t in self):
+            return self
         return Affine(*[None if t is None else _side_by_side(t.float()) for t in self])
 
     def addresses(self) -> tuple[int, ...]:
         """Of what as_read() gave: group_norm_affine's arguments in csrc/arguments.h."""
         found = [checks.address(self.weight), checks.address(self.bias)]
         for tensor in self[2:]:
-            shared = tensor is None or tensor.shape[0] == 1
-            found += [checks.address(tensor), 0 if shared else tensor.stride(0)]  # type: ignore[union-attr]
+            if tensor is None:
+                found += (0, 0)
+            else:
+                found += (tensor.data_ptr(), 0 if tensor.shape[0] == 1 else tensor.stride(0))
         return tuple(found)
 
 
