@@ -148,14 +148,12 @@ def group_norm_silu_moments_tile_kernel(
     counted = tl.sum(count, 0)
     mean = tl.div_rn(tl.sum(means * count[:, None], 0), counted)
     delta = means - mean[None, :]
-    mean += tl.div_rn(tl.sum(delta * count[:, None], 0), counted)  # what rounding left
     squares = tl.sum(squares + delta * count[:, None] * delta, 0)
     # From channels to their groups, all of whose channels have as many pixels.
     channels = channels_of_piece(piece, BLOCKS).to(tl.float32)
     group_mean = tl.sum(tl.where(of_group, mean[None, :], 0.0), 1)
     group_mean = tl.div_rn(group_mean, channels)
     delta = tl.where(of_group, mean[None, :] - group_mean[:, None], 0.0)
-    group_mean += tl.div_rn(tl.sum(delta, 1), channels)
     group_squares = tl.sum(tl.where(of_group, squares[None, :], 0.0), 1)
     group_squares += counted * tl.sum(delta * delta, 1)
     g = tl.arange(0, field(BLOCKS, "room"))
