@@ -21,6 +21,15 @@ def padded(x: torch.Tensor, fill: float = 7.0) -> tuple[torch.Tensor, torch.Tens
     return buffer, buffer[:, 1:-1, 1:-1, 2:].permute(0, 3, 1, 2)
 
 
+def assert_same(found: torch.Tensor, expected: torch.Tensor, isa: str) -> None:
+    """To the bit; CUDA's kernels add up in another order what no vector of theirs reaches."""
+    if isa == "cuda-on-host":
+        ulp = torch.finfo(found.dtype).eps
+        torch.testing.assert_close(found, expected, rtol=32 * ulp, atol=32 * ulp)
+    else:
+        assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_gaps_between_pixels_and_rows(dtype, isa):
     """x, residual and out each in a larger tensor, which stays what it was around them."""
@@ -30,23 +39,23 @@ def test_gaps_between_pixels_and_rows(dtype, isa):
     buffer, out = padded(x)
     expected = group_norm_silu(x, 2, WEIGHT, BIAS)
     assert group_norm_silu(x_view, 2, WEIGHT, BIAS, out=out) is out
-    assert torch.equal(out, expected)
+    assert_same(out, expected, isa)
     outside = torch.ones_like(buffer, dtype=torch.bool)
     outside[:, 1:-1, 1:-1, 2:] = False
     assert (buffer[outside] == 7).all()
     assert torch.equal(x_view, x)
     fresh = group_norm_silu(x_view, 2, WEIGHT, BIAS)
-    assert torch.equal(fresh, expected)
+    assert_same(fresh, expected, isa)
     assert fresh.is_contiguous(memory_format=torch.channels_last)
     y, s = group_norm_silu(x, 2, WEIGHT, BIAS, residual=x_view, out=out)
     assert torch.equal(s, x + x)
-    assert torch.equal(y, group_norm_silu(x + x, 2, WEIGHT, BIAS))
+    assert_same(y, group_norm_silu(x + x, 2, WEIGHT, BIAS), isa)
     # and where it is differentiated
     leaf = x_view.detach().requires_grad_()
     plain = x.detach().requires_grad_()
     for t in (leaf, plain):
         group_norm_silu(t, 2, WEIGHT, BIAS).float().square().sum().backward()
-    assert torch.equal(leaf.grad, plain.grad)
+    assert_same(leaf.grad, plain.grad, isa)
 
 
 def test_out_in_place_and_beside(isa):
