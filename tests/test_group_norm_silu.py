@@ -25,7 +25,7 @@ def run(tensors, groups, silu, **options):
 def test_against_float64(case, dtype, isa):
     shape, groups = case
     for layout in LAYOUTS:
-        for given, silu in COMBINATIONS:
+        for given, silu in COMBINATIONS if dtype == torch.float32 else COMBINATIONS[3:5]:
             tensors = problem(shape, given, dtype, layout)
             x = tensors["x"]
             y, s = run(tensors, groups, silu)
@@ -54,7 +54,8 @@ def test_a_mean_far_from_zero(case, layout, isa):
 def test_gradients_against_float64(case, dtype, isa):
     shape, groups = case
     layouts = ["contiguous", "channels_last"] if len(shape) > 3 else ["strided"]
-    for layout, (given, silu) in zip(3 * layouts, COMBINATIONS, strict=False):
+    combinations = COMBINATIONS if dtype == torch.float32 else COMBINATIONS[3:5]
+    for layout, (given, silu) in zip(3 * layouts, combinations, strict=False):
         tensors = problem(shape, given, dtype, layout)
         upstream = problem(shape, {"residual"}, dtype, layout)["residual"]
 
