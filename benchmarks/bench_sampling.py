@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from comparison import compiled
+from eager import EagerStep
 from results import OURS
 from torch import Tensor, nn
 
@@ -104,37 +105,51 @@ class OurSteps:
 
 
 class PeerSteps:
-    """Steps of diffusers' DDPMScheduler around a module."""
+    """Steps as the field writes them around a module: diffusers' scheduler, or where it is not
+    installed, the same in plain PyTorch."""
 
-    def __init__(self, module: nn.Module, like: UNet, count: int, channels_last: bool) -> None:
-        from diffusers import DDPMScheduler
-
-        self.module, self.scheduler = module, DDPMScheduler()
+    def __init__(
+        self, module: Callable[..., Any], like: UNet, count: int, channels_last: bool
+    ) -> None:
         device = like.conv_in.weight.device
+        self.module = module
         self.format = torch.channels_last if channels_last else torch.contiguous_format
         self.x = torch.randn(count, 3, 32, 32).to(device, like.dtype, memory_format=self.format)
-        self.timesteps = self.scheduler.timesteps.to(device)
+        self.timesteps = torch.arange(len(SCHEDULE) - 1, 0, -1, device=device).tolist()
         self.row = 0
+        try:
+            from diffusers import DDPMScheduler
+        except ImportError:
+            eager = EagerStep(SCHEDULE, device, like.dtype)
+            self.step = lambda eps, t, x: eager(x, eps, torch.full((count,), t, device=device))
+        else:
+            scheduler = DDPMScheduler(variance_type="fixed_large")
+            self.step = lambda eps, t, x: scheduler.step(eps, t, x).prev_sample
 
     def __call__(self) -> None:
         t = self.timesteps[self.row]
-        self.row = (self.row + 1) % (len(self.timesteps) - 1)
-        eps = self.module(self.x, t).sample
-        x = self.scheduler.step(eps, t, self.x).prev_sample
-        self.x = x.contiguous(memory_format=self.format)
+        self.row = (self.row + 1) % len(self.timesteps)
+        eps = self.module(self.x, torch.full((len(self.x),), t, device=self.x.device))
+        eps = getattr(eps, "sample", eps)
+        self.x = self.step(eps, t, self.x).contiguous(memory_format=self.format)
 
 
 def peers(model: UNet, count: int, quick: bool) -> dict[str, Callable[[], None]]:
-    """diffusers' own, in both layouts, as they are and compiled."""
-    pytest.importorskip("diffusers")
-    theirs = model.to_diffusers()
-    last = model.to_diffusers().to(memory_format=torch.channels_last)
+    """diffusers' network, or where it is not installed, the same of this package as it stands: in
+    both layouts, eager and compiled."""
+    try:
+        theirs, name = model.to_diffusers(), "diffusers"
+    except ImportError:
+        theirs, name = copy.deepcopy(model), "eager"
+    last = copy.deepcopy(theirs).to(memory_format=torch.channels_last)
     found: dict[str, Callable[[], None]] = {
-        "diffusers": PeerSteps(theirs, model, count, False),
-        "diffusers, channels_last": PeerSteps(last, model, count, True),
+        name: PeerSteps(theirs, model, count, False),
+        f"{name}, channels_last": PeerSteps(last, model, count, True),
     }
-    if not quick:
+    on_gpu = model.conv_in.weight.is_cuda
+    if not quick and not on_gpu:
         found["torch.compile"] = PeerSteps(compile_(theirs), model, count, False)
+    if not quick or on_gpu:
         found["torch.compile, channels_last"] = PeerSteps(compile_(last), model, count, True)
     return found
 

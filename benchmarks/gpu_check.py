@@ -3,8 +3,8 @@ gpu-check OUT=folder`. Needs no network and installs nothing: the interpreter th
 with CUDA, pytest, pytest-benchmark and pybind11, and nvcc, cmake and ninja are on PATH.
 
 Leaves two files in the folder, named after the GPU: a JSON and a table for people. PART=build,
-test, sanitize or bench runs that part alone. Ends with 1 if any part failed, with 2 if there is no
-GPU.
+test, sanitize, bench or sampling runs that part alone. Ends with 1 if any part failed, with 2 if
+there is no GPU.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from results import file_name, table, write
 
 ROOT = Path(__file__).resolve().parent.parent
 # At most; in `sanitize` for each tool.
-SECONDS = {"build": 90, "test": 120, "sanitize": 70, "bench": 220}
+SECONDS = {"build": 90, "test": 120, "sanitize": 70, "bench": 220, "sampling": 540}
 
 Result = dict[str, Any]
 
@@ -110,10 +110,12 @@ def build(folder: Path, gpu: dict[str, str]) -> Result:
     return {"ok": shown["ok"], "backends": shown["output"].splitlines()}
 
 
+SAMPLING = "benchmarks/bench_sampling.py"
 GPU_TESTS = [
     "tests/test_gpu.py",
     "tests/test_gpu_integrations.py",
     "tests/test_gpu_group_norm_silu.py",
+    "tests/test_gpu_engine.py",
 ]
 # Triton compiles one kernel after the other, for minutes in all: side by side it is one.
 GROUPS = [
@@ -198,14 +200,23 @@ def sanitize(folder: Path, gpu: dict[str, str]) -> Result:
 
 
 def bench(folder: Path, gpu: dict[str, str]) -> Result:
-    """The benchmarks, on the GPU."""
-    command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "-q",
+    """The benchmarks of the kernels, on the GPU."""
+    return measured(folder, ["benchmarks", "--ignore", SAMPLING], SECONDS["bench"])
+
+
+def sampling(folder: Path, gpu: dict[str, str]) -> Result:
+    """Whole steps, against what torch.compile makes of the network when it tries everything."""
+    return measured(folder, [SAMPLING], SECONDS["sampling"])
+
+
+def measured(folder: Path, selection: list[str], seconds: int) -> Result:
+    command = [sys.executable, "-m", "pytest", *selection, "--benchmark-only", "-q",
                "--benchmark-disable-gc", "--device", "cuda", "--results", folder,
                "-p", "no:cacheprovider"]  # fmt: skip
-    result = execute(command, SECONDS["bench"])
-    measured = [json.loads(path.read_text()) for path in folder.glob("*.json")]
-    result["ok"] = result["ok"] and bool(measured)
-    for found in measured:
+    result = execute(command, seconds)
+    reports = [json.loads(path.read_text()) for path in folder.glob("*.json")]
+    result["ok"] = result["ok"] and bool(reports)
+    for found in reports:
         result.update(found)
     if result["ok"]:
         del result["output"]
@@ -217,6 +228,7 @@ PARTS: dict[str, Callable[[Path, dict[str, str]], Result]] = {
     "test": test,
     "sanitize": sanitize,
     "bench": bench,
+    "sampling": sampling,
 }
 
 

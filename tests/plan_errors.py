@@ -31,9 +31,11 @@ class Reference:
         eager: its largest relative error over t.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype, count: int = 8) -> None:
+    def __init__(
+        self, model: nn.Module, dtype: torch.dtype, device: str = "cpu", count: int = 8
+    ) -> None:
         # nn.Module's own, since diffusers' warns of a list of modules that is empty
-        self.model = nn.Module.to(copy.deepcopy(model), dtype)
+        self.model = nn.Module.to(copy.deepcopy(model), device, dtype)
         double = nn.Module.to(copy.deepcopy(self.model), torch.float64)
         config: Any = model.config
         side = getattr(config, "image_size", None) or config.sample_size
@@ -42,11 +44,13 @@ class Reference:
         )
         generator = torch.Generator().manual_seed(1)
         shape = count, config.in_channels, side, side
-        self.images = [torch.randn(shape, generator=generator).to(dtype) for _ in T]
-        self.labels = None if classes is None else torch.arange(count) % classes
+        self.images = [torch.randn(shape, generator=generator).to(device, dtype) for _ in T]
+        self.labels = None if classes is None else torch.arange(count, device=device) % classes
         with torch.no_grad():
             self.exact = [
-                sample_of(double(x.double(), torch.full((count,), t), *self._labels()))
+                sample_of(
+                    double(x.double(), torch.full((count,), t, device=device), *self._labels())
+                )
                 for x, t in zip(self.images, T, strict=True)
             ]
         self.eager = self.error(self.model)
@@ -54,7 +58,10 @@ class Reference:
     def error(self, function: Callable[..., Any]) -> float:
         """The largest over t, for a batch of one t."""
         return max(
-            relative(sample_of(function(x, torch.full((len(x),), t), *self._labels())), exact)
+            relative(
+                sample_of(function(x, torch.full((len(x),), t, device=x.device), *self._labels())),
+                exact,
+            )
             for x, t, exact in self._all()
         )
 

@@ -163,7 +163,7 @@ class Norm:
     """GroupNorm, with SiLU or without."""
 
     def __init__(self, module: nn.GroupNorm, silu: bool, fused: bool) -> None:
-        self.weight, self.bias = module.weight.detach(), module.bias.detach()
+        self.weight, self.bias = (p.detach().contiguous() for p in (module.weight, module.bias))
         self.groups, self.eps, self.silu, self.fused = module.num_groups, module.eps, silu, fused
 
     def call(self, x: Tensor, y: Tensor, *, scale_shift: int | None = None) -> Call:
