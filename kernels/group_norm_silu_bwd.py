@@ -8,23 +8,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .group_norm_silu_sums import dz_and_x_hat
-from .group_norm_silu_tile import (
+from .group_norm_silu_cut import (
     WARPS,
     Affine,
     affine_arguments,
-    affine_of,
     cut_of_channels,
+    layout_of,
+    sides_of,
+    strides_of,
+)
+from .group_norm_silu_sums import dz_and_x_hat
+from .group_norm_silu_tile import (
+    affine_of,
     held_channels,
     held_pixels,
-    layout_of,
     of_groups,
     pixels_of,
     place,
     pointers,
     row_of,
-    sides_of,
-    strides_of,
 )
 from .launch import OPTIONS, SAMPLES_Y
 from .tile import field, sample_of

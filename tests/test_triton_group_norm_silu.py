@@ -15,7 +15,7 @@ from triton_on_host import lend_arithmetic, needs_interpreter
 from ddpm_fast import group_norm_silu, randn, use_backend
 
 pytest.importorskip("triton")
-tile = import_module("ddpm_fast.kernels.group_norm_silu_tile")
+cuts = import_module("ddpm_fast.kernels.group_norm_silu_cut")
 
 LAYOUTS = ["contiguous", "channels_last"]
 # Groups of 4 channels, of 3, of more than a tile has; odd sides; what has other dimensions.
@@ -39,13 +39,13 @@ def as_on_a_gpu(monkeypatch, poisoned_memory):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """So that small tensors have many chunks of several tiles each, and pieces of groups."""
-    monkeypatch.setattr(tile, "ELEMENTS", 64)
-    monkeypatch.setattr(tile, "CHUNKS", 3)
-    tile.cut_of_groups.cache_clear()
-    tile.cut_of_channels.cache_clear()
+    monkeypatch.setattr(cuts, "ELEMENTS", 64)
+    monkeypatch.setattr(cuts, "CHUNKS", 3)
+    cuts.cut_of_groups.cache_clear()
+    cuts.cut_of_channels.cache_clear()
     yield
-    tile.cut_of_groups.cache_clear()
-    tile.cut_of_channels.cache_clear()
+    cuts.cut_of_groups.cache_clear()
+    cuts.cut_of_channels.cache_clear()
 
 
 def run(call):
@@ -95,7 +95,7 @@ def test_everything_with_everything(shape, groups, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("shape", "groups"), [((1, 6, 5, 23), 3), ((1, 48, 3, 5), 1)], ids=str)
 def test_chunks_of_several_tiles(shape, groups, layout, small_tiles):
-    cut = tile.cut_of_groups(
+    cut = cuts.cut_of_groups(
         shape[1], groups, shape[2] * shape[3], layout == "channels_last", 4, False, False, 1
     )
     assert cut.chunks > 1 or cut.pieces > 1
@@ -108,7 +108,7 @@ def test_chunks_of_several_tiles(shape, groups, layout, small_tiles):
 def test_the_batch_has_no_say(layout, small_tiles, monkeypatch):
     """A sample's result and gradients, alone and in a batch: the same bits. Grids are 2 samples
     wide."""
-    for module in ("_tile", "", "_sums", "_bwd"):
+    for module in ("_cut", "", "_sums", "_bwd"):
         monkeypatch.setattr(
             import_module(f"ddpm_fast.kernels.group_norm_silu{module}"), "SAMPLES_Y", 2
         )
@@ -193,8 +193,8 @@ def test_memory_that_vectors_cannot_reach():
     shifted = torch.empty(x.numel() + 1)[1:].view_as(x).copy_(x)
     y = run(lambda: group_norm_silu(shifted, 2, **given))
     torch.testing.assert_close(y, run(lambda: group_norm_silu(x, 2, **given)), rtol=1e-5, atol=1e-6)
-    assert tile.layout_of([x], (None,) * 5, False) == (False, True, 4)
-    assert tile.layout_of([x, shifted], (given["weight"][1:], *[None] * 4), False)[1:] == (False, 1)
+    assert cuts.layout_of([x], (None,) * 5, False) == (False, True, 4)
+    assert cuts.layout_of([x, shifted], (given["weight"][1:], *[None] * 4), False)[1:] == (False, 1)
 
 
 def test_every_element_has_a_place():
@@ -204,7 +204,7 @@ def test_every_element_has_a_place():
         (2, 4),
     ):  # fmt: skip
         channels = of_group * groups
-        cut = tile.cut_of_groups(channels, groups, pixels, last, itemsize, False, True, 4)
+        cut = cuts.cut_of_groups(channels, groups, pixels, last, itemsize, False, True, 4)
         blocks = cut.blocks
         assert (cut.chunks - 1) * blocks.pixels * blocks.tiles < pixels
         assert cut.chunks * blocks.pixels * blocks.tiles >= pixels
@@ -215,8 +215,8 @@ def test_every_element_has_a_place():
         else:
             assert cut.pieces * blocks.channels >= of_group
         assert cut.channel_tiles == -(-groups // blocks.groups) * cut.pieces
-        assert cut.chunks <= max(tile.CHUNKS, 1)
-        cut = tile.cut_of_channels(channels, pixels, last, False, True, 4)
+        assert cut.chunks <= max(cuts.CHUNKS, 1)
+        cut = cuts.cut_of_channels(channels, pixels, last, False, True, 4)
         assert cut.channel_tiles * cut.blocks.channels >= channels
         assert cut.chunks * cut.blocks.pixels * cut.blocks.tiles >= pixels
         assert cut.chunks <= cut.blocks.parts

@@ -47,7 +47,7 @@ from ddpm_fast.kernels import (  # noqa: E402
     vlb_terms,
 )
 from ddpm_fast.kernels import launch as launching  # noqa: E402
-from ddpm_fast.kernels.group_norm_silu_tile import Blocks  # noqa: E402
+from ddpm_fast.kernels.group_norm_silu_cut import Blocks  # noqa: E402
 from ddpm_fast.kernels.tile import Tiling  # noqa: E402
 
 ARCHS = ["80", "90", "gfx942"]
