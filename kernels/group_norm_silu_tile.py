@@ -1,5 +1,5 @@
-"""Where the elements of group_norm_silu's programs lie, and what channels are multiplied by and moved
-by. A tile is [pixels, channels]; in channels_last channels lie side by side, otherwise pixels."""
+"""Where the elements of group_norm_silu's programs lie, and what channels are multiplied by. A tile
+is [pixels, channels]; in channels_last channels lie side by side, otherwise pixels."""
 
 from __future__ import annotations
 
