@@ -21,6 +21,7 @@ from unet_weights import gap, randomised
 
 from ddpm_fast import UNet, prepare
 from ddpm_fast.engine import REWRITES
+from ddpm_fast.nn import torch_plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -41,7 +42,12 @@ DIFFUSERS = {
         "attn_norm_num_groups": 2,
     },
 }
-NATIVE = ("native_conv", "winograd", "native_attention", "joined_skips")  # that mean something with the first alone
+NATIVE = (
+    "native_conv",
+    "winograd",
+    "native_attention",
+    "joined_skips",
+)  # that mean something with the first alone
 
 
 @cache
@@ -90,6 +96,18 @@ def test_each_rewrite_alone_and_left_out(rewrite, dtype, name):
         prepare(reference.model, without=rewrite),
     ):
         assert reference.error_of_steps(plan.trajectory(T)) <= 2 * reference.eager
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["mixed", "guided"])
+def test_as_on_a_gpu(name, dtype, monkeypatch):
+    """Where a convolution's bias is left to the norm after it."""
+    made = torch_plan.Options
+    monkeypatch.setattr(torch_plan, "Options", lambda names, dtype, _: made(names, dtype, True))
+    reference = reference_of(name, dtype)
+    plan = prepare(reference.model, without="native_conv")
+    assert reference.error(plan) <= 2 * reference.eager
+    assert reference.error_of_steps(plan.trajectory(T)) <= 2 * reference.eager
 
 
 @pytest.mark.slow

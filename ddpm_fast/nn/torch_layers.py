@@ -17,14 +17,47 @@ Rows = Iterator[Tensor]
 
 @dataclass(frozen=True)
 class Options:
-    """How the parts are made: the names of the rewrites, and the dtype of weights and images."""
+    """How the parts are made.
+
+    Attributes:
+        rewrites: their names.
+        dtype: of weights and images.
+        separate_bias: a convolution adds its bias in a pass of its own, as cuDNN's do, so that it
+            is left to an operation that comes next.
+    """
 
     rewrites: frozenset[str]
     dtype: torch.dtype
+    separate_bias: bool
 
     @property
     def memory_format(self) -> torch.memory_format:
         return torch.channels_last if "channels_last" in self.rewrites else torch.contiguous_format
+
+
+class Sum:
+    """Of two images, not added before there is need: a norm that is first adds them in passing."""
+
+    def __init__(self, a: Tensor, b: Tensor) -> None:
+        self.parts: tuple[Tensor, Tensor] | None = (a, b)
+        self._value: Tensor | None = None
+
+    def get(self) -> Tensor:
+        if self._value is None:
+            assert self.parts is not None
+            self.set(self.parts[0] + self.parts[1])
+        assert self._value is not None
+        return self._value
+
+    def set(self, value: Tensor) -> None:
+        self._value, self.parts = value, None
+
+
+Image = Tensor | Sum
+
+
+def value_of(x: Image) -> Tensor:
+    return x.get() if isinstance(x, Sum) else x
 
 
 class Conv:
@@ -109,16 +142,16 @@ class Norm:
 
     def __call__(
         self,
-        x: Tensor,
+        image: Image,
         *,
         emb: Tensor | None = None,
         scale: Tensor | None = None,
         shift: Tensor | None = None,
     ) -> Tensor:
-        if not self.there:
-            return x
-        if self.fused:
-            y = group_norm_silu(
+        if self.there and self.fused:
+            pending = image.parts if isinstance(image, Sum) else None
+            x, residual = pending or (value_of(image), None)
+            found = group_norm_silu(
                 x,
                 self.groups,
                 self.weight,
@@ -127,10 +160,17 @@ class Norm:
                 emb=emb,
                 scale=scale,
                 shift=shift,
+                residual=residual,
                 silu=self.silu,
             )
-            assert isinstance(y, Tensor)
-            return y
+            if isinstance(found, Tensor):
+                return found
+            assert isinstance(image, Sum)
+            image.set(found[1])
+            return found[0]
+        x = value_of(image)
+        if not self.there:
+            return x
         if emb is not None:
             x = x + emb[:, :, None, None]
         x = F.group_norm(x, self.groups, self.weight, self.bias, self.eps)
@@ -151,10 +191,12 @@ class Res:
         self.conv1, self.conv2 = kind(module.conv1, options), Conv(module.conv2, options)
         shortcut = module.shortcut
         self.shortcut = Conv(shortcut, options) if isinstance(shortcut, nn.Conv2d) else None
+        self.row_in_norm = options.separate_bias and self.norm2.there and self.norm2.fused
 
-    def __call__(self, x: Tensor, rows: Rows) -> Tensor:
+    def __call__(self, image: Image, rows: Rows) -> Image:
         row = next(rows)
-        h = self.norm1(x)
+        h = self.norm1(image)
+        x = value_of(image)
         if self.halves:
             h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
         elif self.doubles:
@@ -162,11 +204,11 @@ class Res:
         if self.scale_shift:
             scale, shift = row.chunk(2, 1)
             h = self.norm2(self.conv1(h), scale=scale, shift=shift)
-        elif row.shape[0] == 1:
+        elif row.shape[0] == 1 and not self.row_in_norm:
             h = self.norm2(self.conv1.with_bias(h, row[0]))
         else:
             h = self.norm2(self.conv1.with_bias(h, None), emb=row)
-        return (x if self.shortcut is None else self.shortcut(x)) + self.conv2(h)
+        return Sum(x if self.shortcut is None else self.shortcut(x), self.conv2(h))
 
 
 class Attention:
@@ -180,16 +222,17 @@ class Attention:
             self.qkv = list(zip(weight.chunk(3), bias.chunk(3), strict=True))
         self.out = [p.detach().to(options.dtype) for p in module.out.parameters()]
 
-    def __call__(self, x: Tensor, rows: Rows) -> Tensor:
-        sides = x.shape[2:]
-        tokens = self.norm(x).flatten(2).transpose(1, 2)  # [N, HW, C], a view in channels_last
+    def __call__(self, image: Image, rows: Rows) -> Image:
+        normed = self.norm(image)
+        sides = normed.shape[2:]
+        tokens = normed.flatten(2).transpose(1, 2)  # [N, HW, C], a view in channels_last
         parts = [F.linear(tokens, weight, bias) for weight, bias in self.qkv]
         q, k, v = (
             part.unflatten(2, (self.heads, -1)).transpose(1, 2)  # [N, heads, HW, C/heads]
             for part in (parts if len(parts) == 3 else parts[0].chunk(3, 2))
         )
         h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return x + F.linear(h, *self.out).transpose(1, 2).unflatten(2, sides)
+        return Sum(value_of(image), F.linear(h, *self.out).transpose(1, 2).unflatten(2, sides))
 
 
 class Resample:
@@ -203,7 +246,8 @@ class Resample:
         elif isinstance(module, Upsample):
             self.conv = UpsampledConv(module.conv, options)
 
-    def __call__(self, x: Tensor, rows: Rows) -> Tensor:
+    def __call__(self, image: Image, rows: Rows) -> Image:
+        x = value_of(image)
         if self.conv is None:
             return F.avg_pool2d(x, 2) if self.halves else F.interpolate(x, scale_factor=2.0)
         if self.halves and self.conv.padding == (0, 0):

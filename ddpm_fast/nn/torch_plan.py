@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import AttentionBlock, Level, ResBlock
-from .torch_layers import Attention, Conv, Norm, Options, Res, Resample
+from .torch_layers import Attention, Conv, Image, Norm, Options, Res, Resample, value_of
 
 if TYPE_CHECKING:
     from .unet import UNet
@@ -36,7 +36,7 @@ class TorchPlan:
     owns_buffers: ClassVar[bool] = False  # any number of threads may call it
 
     def __init__(self, unet: UNet, rewrites: frozenset[str], dtype: torch.dtype) -> None:
-        options = Options(rewrites, dtype)
+        options = Options(rewrites, dtype, unet.conv_in.weight.device.type == "cuda")
         self._format = options.memory_format
         self._conv_in = Conv(unet.conv_in, options)
         self._down = [_Level(level, options) for level in unet.down]
@@ -53,26 +53,26 @@ class TorchPlan:
             rows: one a residual block, as nn/time_table.py makes them.
         """
         row = iter(rows)
-        x = self._conv_in(x.contiguous(memory_format=self._format))
-        skips = [x]
+        image: Image = self._conv_in(x.contiguous(memory_format=self._format))
+        skips = [image]
         for level in self._down:
             for block in level.blocks:
                 for part in block:
-                    x = part(x, row)
-                skips.append(x)
+                    image = part(image, row)
+                skips.append(image)
             for part in level.resample:
-                x = part(x, row)
-                skips.append(x)
+                image = part(image, row)
+                skips.append(image)
         for part in self._middle:
-            x = part(x, row)
+            image = part(image, row)
         for level in self._up:
             for block in level.blocks:
-                x = torch.cat([x, skips.pop()], 1)
+                image = torch.cat([value_of(image), value_of(skips.pop())], 1)
                 for part in block:
-                    x = part(x, row)
+                    image = part(image, row)
             for part in level.resample:
-                x = part(x, row)
-        return self._conv_out(self._norm_out(x)).contiguous()
+                image = part(image, row)
+        return self._conv_out(self._norm_out(image)).contiguous()
 
 
 _Part = Res | Attention | Resample
