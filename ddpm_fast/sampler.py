@@ -318,11 +318,8 @@ class _Run:
         self.model_kwargs = dict(model_kwargs or {})
         self.uncond_kwargs = None if uncond_kwargs is None else dict(uncond_kwargs)
         # The model's input dtype where it is not the state's; the step writes it beside the state.
-        self.low_precision = (
-            lies.dtype
-            if lies is not None and lies.dtype in (torch.bfloat16, torch.float16)
-            else None
-        )
+        dtype = None if lies is None else lies.dtype
+        self.low_precision = dtype if dtype in (torch.bfloat16, torch.float16) else None
         if x_T is None:
             with self.backend():
                 self.x = randn(shape, seed=self.seed, sample_ids=ids, device=device)
