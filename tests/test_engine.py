@@ -239,6 +239,20 @@ def test_inside_inference_mode_and_autocast():
         assert torch.equal(plan(x, 5, labels), expected)
 
 
+def test_default_devices_and_dtypes_mean_nothing():
+    model, x = model_of("classes"), torch.zeros(1, 1, 8, 8)
+    expected = prepare(model).trajectory([5]).step(0, x)
+    with torch.device("meta"):
+        assert torch.equal(prepare(model).trajectory([5]).step(0, x), expected)
+        assert torch.equal(prepare(model)(x, 5), prepare(model)(x, 5))
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(prepare(model).trajectory([5.0]).step(0, x), expected)
+        assert torch.equal(prepare(model, dtype=torch.bfloat16)(x, 5).isnan(), x.isnan())
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_names_in_effect():
     plan = prepare(model_of("guided"), without=["native_conv", "fused_qkv"])
     assert plan.rewrites == ("time_table", "group_norm_silu", "phase_upsample", "channels_last")

@@ -65,8 +65,9 @@ class Prepared:
             self.rewrites = asked & frozenset(kind.REWRITES)
             if not _has_kernels(self.device):
                 self.rewrites -= {"group_norm_silu"}
-            self.time = TimeRows(unet, self.dtype, "time_table" in self.rewrites)
-            self.executor = kind(unet, self.rewrites, self.dtype)
+            with self.context():
+                self.time = TimeRows(unet, self.dtype, "time_table" in self.rewrites)
+                self.executor = kind(unet, self.rewrites, self.dtype)
         self._turn = threading.Lock() if kind.owns_buffers else contextlib.nullcontext()
 
     def inputs(self, x: Tensor, labels: Tensor | None) -> tuple[Tensor, Labels]:
@@ -112,12 +113,20 @@ class Prepared:
         with self._turn, torch.inference_mode(False), torch.no_grad():
             return self.executor(x, rows)
 
-    def context(self) -> contextlib.AbstractContextManager[None]:
-        """The plan's dtype is what it computes in."""
+    def context(self) -> contextlib.AbstractContextManager[object]:
+        """The plan's dtype is what it computes in, and its device is where, whatever the caller's
+        autocast and default device say."""
         kind = self.device.type
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-            return torch.autocast(kind, enabled=False)
-        return contextlib.nullcontext()
+        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        elsewhere = torch.get_default_device().type != kind
+        if not autocast and not elsewhere:
+            return contextlib.nullcontext()
+        stack = contextlib.ExitStack()
+        if autocast:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        if elsewhere:
+            stack.enter_context(self.device)
+        return stack
 
 
 _NATIVE = ("cpu", torch.float32)
