@@ -119,7 +119,7 @@ class TimeTable:
         self._rows, self._emb = rows, emb  # [S, width]
         self._steps = STEPS if rows.classes is None else STEPS_OF_A_CLASS
         # Of some steps from one on, by the class
-        self._parts: dict[int | None, tuple[int, list[Tensor]]] = {}
+        self._parts: dict[int | None, tuple[int, list[tuple[Tensor, ...]]]] = {}
 
     def step(self, index: int, labels: Tensor | int | None) -> Sequence[Tensor]:
         """The rows of a step; labels [N] or [1], one for all samples, or None without classes."""
@@ -134,7 +134,7 @@ class TimeTable:
         tables = [self._read(index, label) for label in distinct.tolist()]
         return [torch.cat(rows).index_select(0, place) for rows in zip(*tables, strict=True)]
 
-    def _read(self, index: int, label: int | None) -> list[Tensor]:
+    def _read(self, index: int, label: int | None) -> tuple[Tensor, ...]:
         """Rows [1, channels] of a step and a class."""
         start = index - index % self._steps
         part = self._parts.get(label)
@@ -142,8 +142,9 @@ class TimeTable:
             emb = self._emb[start : start + self._steps]
             if label is not None:
                 emb = emb + self._rows._class(label, emb)
-            part = self._parts[label] = start, self._rows._projected(emb)
-        return [row[index - start : index - start + 1] for row in part[1]]
+            blocks = [rows.split(1) for rows in self._rows._projected(emb)]
+            part = self._parts[label] = start, list(zip(*blocks, strict=True))
+        return part[1][index - start]
 
 
 def _shared(t: Tensor) -> bool:
