@@ -27,23 +27,28 @@ struct Gradient {
   }
 };
 
-// What the kernels know of a channel. The sums over d become those over xhat at the end.
+// What the kernels know of a channel.
 ChannelAffine affine_of(const GroupNormSiluBwdParams& p, int64_t n, int64_t c) {
   const int64_t at = n * p.shape.groups + c / p.shape.group_channels();
   return p.affine.at(n, c, p.mean[at], p.rstd[at]);
 }
 
-// The chunks' sums of each channel, in order.
+// The chunks' sums of each channel, in order; those over d become those over xhat.
 void add_up_chunks(const GroupNormSiluBwdParams& p, int64_t n, int64_t first, int64_t end) {
-  const int64_t channels = p.shape.channels;
+  const int64_t channels = p.shape.channels, each = p.shape.group_channels();
   for (int s = 0; s < 3; ++s) {
-    for (int64_t c = first; c < end; ++c) {
-      double sum = 0;
+    for (int64_t c = first; c < end; c += 64) {
+      const int64_t count = std::min<int64_t>(64, end - c);
+      double sums[64] = {};
       for (int64_t k = 0; k < p.chunks; ++k) {
-        sum += p.scratch[((n * p.chunks + k) * 3 + s) * channels + c];
+        const float* shares = p.scratch + ((n * p.chunks + k) * 3 + s) * channels + c;
+        for (int64_t i = 0; i < count; ++i) sums[i] += shares[i];
       }
-      if (s > 0) sum *= p.rstd[n * p.shape.groups + c / p.shape.group_channels()];
-      p.sums[(s * p.shape.samples + n) * channels + c] = static_cast<float>(sum);
+      float* out = p.sums + (s * p.shape.samples + n) * channels + c;
+      for (int64_t i = 0; i < count; ++i) {
+        const double rstd = p.rstd[n * p.shape.groups + (c + i) / each];
+        out[i] = static_cast<float>(s > 0 ? sums[i] * rstd : sums[i]);
+      }
     }
   }
 }

@@ -12,10 +12,9 @@ from .group_norm_silu_formulas import Affine
 
 # Elements of a chunk: they stay in the first-level cache between the passes that go over them.
 CPU_CHUNK = 4096
-# Of the backward pass, which leaves three floats a channel and chunk, and in channels_last adds up
-# one pixel after the other.
-SUMS_CHUNK = 16384
-SUMS_PIXELS = (32, 256)  # at least and at most
+# Pixels of a chunk of the backward pass, in channels_last, where they are added up one after the
+# other, and else.
+CPU_SUMS_CHUNK = {True: 32, False: 16384}
 
 
 def cpu_chunks(shape: tuple[int, ...]) -> tuple[int, int, int]:
@@ -35,11 +34,8 @@ def cpu_chunks(shape: tuple[int, ...]) -> tuple[int, int, int]:
 
 def cpu_sums_chunks(shape: tuple[int, ...]) -> tuple[int, int]:
     """Pixels of a chunk, and chunks of a sample, for the CPU's kernels of the backward pass."""
-    _, channels, _, rows, cols, channels_last = shape
-    chunk = SUMS_CHUNK
-    if channels_last:
-        least, most = SUMS_PIXELS
-        chunk = min(max(SUMS_CHUNK // channels, least), most)
+    *_, rows, cols, channels_last = shape
+    chunk = CPU_SUMS_CHUNK[bool(channels_last)]
     return chunk, -(-rows * cols // chunk)
 
 
