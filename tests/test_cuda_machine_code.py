@@ -213,6 +213,20 @@ def test_the_document_says_what_is_so(kernels):
                 assert found == pytest.approx(float(instructions), rel=0.06), name
 
 
+def test_the_document_says_what_is_so_of_norms(kernels):
+    """docs/cuda.md's table of group_norm_silu, on sm_90."""
+    document = (machine_code.ROOT / "docs" / "cuda.md").read_text()
+    rows = re.findall(r"^\| (float32|bfloat16), (\w+)((?: \| \d+\.\d){5}) \|$", document, re.M)
+    assert len(rows) == 4
+    on_90 = {kernel.body: kernel.per_element for kernel in kernels if kernel.arch == "90"}
+    for dtype, layout, numbers in rows:
+        vectors = f"<WholeVectors<{'BFloat16' if dtype == 'bfloat16' else 'Float32'}, "
+        vectors += "true>>" if layout == "channels_last" else "false>>"
+        said = [float(number) for number in numbers.split(" | ")[1:]]
+        found = [on_90[name + vectors] for name in GROUP_NORM] if on_90 else said
+        assert found == pytest.approx(said, rel=0.06), vectors
+
+
 def test_the_square_root_is_the_compilers_own(tmp_path: Path):
     """core/lanes.h spells out the short way of __fsqrt_rn, which rounds correctly. This compiler
     takes that way, for arguments from 2^-101 to 2^126, on every architecture."""
