@@ -156,19 +156,20 @@ class BwdChannelsLast : ChannelsLast<Type, kSilu> {
     this->for_each_pixel(n, chunk, [&](const Element* s, int64_t dense) DDPM_FAST_INLINE {
       const Element* dy = at<Element>(p.dy, dense);
       Element* dx = static_cast<Element*>(p.dx) + dense;
-      for_each_block<2>(this->channels_, [&](auto block, int64_t c, int64_t some) DDPM_FAST_INLINE {
-        using Values = Block<Type, decltype(block)::value>;
-        using Padded = Block<Float32, Values::kVectors>;
-        using V = PackLanes<Values::kVectors>;
-        const auto d = Values::load(s + c, some) - Padded::load(centre + c, 0);
-        const auto slopes = Padded::load(slope + c, 0);
-        const auto dz =
-            dz_of<V, kSilu>(Values::load(dy + c, some), d, slopes, Padded::load(offset + c, 0));
-        auto gradient = V::fma(d, Padded::load(twist + c, 0), Padded::load(level + c, 0));
-        gradient = V::fma(dz, slopes, gradient);
-        if (dsum != nullptr) gradient = gradient + Values::load(dsum + dense + c, some);
-        Values::store(dx + c, some, gradient);
-      });
+      for_each_block<kPack>(
+          this->channels_, [&](auto block, int64_t c, int64_t some) DDPM_FAST_INLINE {
+            using Values = Block<Type, decltype(block)::value>;
+            using Padded = Block<Float32, Values::kVectors>;
+            using V = PackLanes<Values::kVectors>;
+            const auto d = Values::load(s + c, some) - Padded::load(centre + c, 0);
+            const auto slopes = Padded::load(slope + c, 0);
+            const auto dz =
+                dz_of<V, kSilu>(Values::load(dy + c, some), d, slopes, Padded::load(offset + c, 0));
+            auto gradient = V::fma(d, Padded::load(twist + c, 0), Padded::load(level + c, 0));
+            gradient = V::fma(dz, slopes, gradient);
+            if (dsum != nullptr) gradient = gradient + Values::load(dsum + dense + c, some);
+            Values::store(dx + c, some, gradient);
+          });
     });
   }
   void start(int64_t, bool) const {}
@@ -247,7 +248,7 @@ class BwdDense {
     const ChannelAffine affine = affine_of(p_, n, c);
     const Gradient coefficients(p_, n, c / p_.shape.group_channels());
     const int64_t size = std::min(p_.chunk, pixels - begin);
-    for_each_block<2>(size, [&](auto block, int64_t i, int64_t some) DDPM_FAST_INLINE {
+    for_each_block<kPack>(size, [&](auto block, int64_t i, int64_t some) DDPM_FAST_INLINE {
       using Values = Block<Type, decltype(block)::value>;
       using V = PackLanes<Values::kVectors>;
       const auto d = Values::load(s + i, some) - V::splat(affine.centre);

@@ -85,44 +85,41 @@ def _gradients(
     if not eager:
         sums_op = torch.ops.ddpm_fast.group_norm_silu_sums.default
         bwd_op = torch.ops.ddpm_fast.group_norm_silu_bwd.default
+    weight, bias, emb, scale, shift = affine
+    samples, groups = mean.shape
+    channels = s.shape[1]
+    each, pixels = channels // groups, s.numel() // max(samples * channels, 1)
     sums = sums_op(dy, *tensors)
-    of_dz, of_dz_x_hat, of_x_hat = sums  # [N, C] each
-    weight, bias, emb, scale, _ = affine
-    factor = None if scale is None else 1 + scale.float()
-    slope = factor if weight is None else weight.float() * (1 if factor is None else factor)
-    channels, groups = s.shape[1], mean.shape[1]
-    pixels = s.numel() // max(s.shape[0] * channels, 1)
-    # in float64, for emb's gradient: what is left of its terms may be little, or nothing
-    means = sums[:2].double() if slope is None else sums[:2].double() * slope
-    by_group = means.unflatten(2, (groups, -1)).sum(3) / max(channels // groups * pixels, 1)
-    ds = bwd_op(dy, dsum, *tensors, by_group.float()) if of_s else None
-
-    def times_factor(sum_: Tensor) -> Tensor:
-        return sum_ if factor is None else sum_ * factor
-
-    by_emb = by_scale = None
-    if emb is not None:
-        m1, m2, of_channel = (m.repeat_interleave(channels // groups, 1) for m in (*by_group, rstd))
-        # x̂ adds up to 0 over a group, but for the rounding of its mean
-        x_hat = of_x_hat.double().unflatten(1, (groups, -1))
-        x_hat = (x_hat - x_hat.mean(2, keepdim=True)).flatten(1)
-        by_emb = of_channel * (means[0] - pixels * m1 - m2 * x_hat)
+    # Σ dz and Σ dz·x̂; in float64 for emb's gradient: what is left of its terms may be little
+    pair = sums[:2] if emb is None else sums[:2].double()
     if scale is not None:
-        by_scale = of_dz_x_hat if weight is None else weight.float() * of_dz_x_hat
-        by_scale = by_scale if bias is None else by_scale + bias.float() * of_dz
-    found = (times_factor(of_dz_x_hat), times_factor(of_dz), by_emb, by_scale, of_dz)
+        pair = pair * (1 + scale.float())
+    sloped = (pair if weight is None else pair * weight.float()).view(2, samples, groups, each)
+    group_means = sloped.sum(3) / max(each * pixels, 1)
+    ds = bwd_op(dy, dsum, *tensors, group_means.float()) if of_s else None
+    by_weight = by_bias = by_emb = by_scale = None
+    if weight is not None or bias is not None:
+        by_bias, by_weight = pair.sum(1).unbind()  # of all samples
+    if emb is not None:
+        x_hat = sums[2].view(samples, groups, each)  # adds up to 0, but for the mean's rounding
+        x_hat = x_hat - x_hat.mean(2, keepdim=True)
+        m1, m2 = group_means[:, :, :, None].unbind()
+        by_emb = rstd[:, :, None] * (sloped[0] - pixels * m1 - m2 * x_hat)
+        by_emb = by_emb.view(samples, channels)
+    if scale is not None:
+        by_scale = sums[1] if weight is None else sums[1] * weight
+        by_scale = by_scale if bias is None else by_scale + sums[0] * bias
+    found = (by_weight, by_bias, by_emb, by_scale, sums[0] if shift is not None else None)
     return ds, Affine(*[_like(g, t) for g, t in zip(found, affine, strict=True)])
 
 
 def _like(gradient: Tensor | None, tensor: Tensor | None) -> Tensor | None:
-    """A gradient [N, C] summed to the tensor's shape, in its dtype."""
+    """A gradient in the tensor's dtype, [N, C] summed to [1, C] where it has that shape."""
     if gradient is None or tensor is None:
         return None
-    if tensor.ndim == 1:
-        gradient = gradient.sum(0)
-    elif tensor.shape[0] == 1 and gradient.shape[0] != 1:
+    if gradient.shape != tensor.shape:
         gradient = gradient.sum(0, keepdim=True)
-    return gradient.to(tensor.dtype)
+    return gradient if gradient.dtype == tensor.dtype else gradient.to(tensor.dtype)
 
 
 class GroupNormSilu(torch.autograd.Function):
