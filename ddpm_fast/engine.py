@@ -40,8 +40,7 @@ phase_upsample: the convolution of an image of doubled sides is one of the image
     its weights: 4 products in place of 9.
 fused_qkv: one product gives an attention's queries, keys and values.
 channels_last: images and weights lie in this layout.
-native_conv: convolutions by the package's own kernels, from packed weights; those that do not fit
-    the cache apart.
+native_conv: convolutions by the package's own kernels, from packed weights; needs channels_last.
 winograd: 3×3 convolutions by F(2×2, 3×3), 16 products in place of 36; with phase_upsample 9 for
     those of doubled images.
 native_attention: scores, softmax and weighted values by one kernel of the package's own; otherwise

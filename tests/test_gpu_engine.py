@@ -48,6 +48,7 @@ def full_float32():
 
 
 def unet(name: str) -> UNet:
+    torch.manual_seed(0)  # of the biases, to which noise is added
     return randomised(UNet(UNetConfig(**CONFIG, **VARIANTS[name])))
 
 

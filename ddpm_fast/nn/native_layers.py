@@ -88,11 +88,10 @@ class Conv:
         self.c_out, self.c_in, self.kernel = weight.shape[:3]
         self.stride, self.phases, self.winograd = stride, phases, winograd
         if winograd:
-            g = _WINOGRAD_DOUBLED if phases else _WINOGRAD
-            self.weights = _packed(torch.einsum("ai,ocij,bj->ocab", g, weight.double(), g))
+            self.weights = _packed(_combined(weight, _WINOGRAD_DOUBLED if phases else _WINOGRAD))
         elif phases:
-            kernels = torch.einsum("pai,ocij,qbj->pqocab", _PHASES, weight.double(), _PHASES)
-            self.weights = torch.stack([_packed(kernel) for kernel in kernels.flatten(0, 1)])
+            kernels = [_combined(weight, down, right) for down in _PHASES for right in _PHASES]
+            self.weights = torch.stack([_packed(kernel) for kernel in kernels])
         else:
             self.weights = _packed(weight)
         self.bias = None if bias is None else bias.detach().contiguous()
@@ -223,6 +222,13 @@ def copy_call(x: Tensor, y: Tensor) -> Call:
 
 def _strides(image: Tensor) -> tuple[int, int, int]:
     return image.stride()[:3]  # type: ignore[return-value]
+
+
+def _combined(weight: Tensor, down: Tensor, right: Tensor | None = None) -> Tensor:
+    """down g rightᵀ of each 3×3 kernel g, float64 [c_out, c_in, a, b]; the one matrix is both."""
+    right = down if right is None else right
+    combined = weight.double().flatten(2) @ torch.kron(down, right).T
+    return combined.unflatten(2, (len(down), len(right)))
 
 
 def _packed(weight: Tensor) -> Tensor:

@@ -60,12 +60,13 @@ class Prepared:
             self.takes_return_dict = not is_ours(model)
             self.dtype = dtype or weight.dtype
             kind: type[Executor] = TorchPlan
-            if "native_conv" in asked and (self.device.type, self.dtype) == _NATIVE:
+            on_cpu = (self.device.type, self.dtype) == _NATIVE
+            if on_cpu and {"native_conv", "channels_last"} <= asked:  # it knows one layout
                 kind = native_executor() or kind
             self.rewrites = asked & frozenset(kind.REWRITES)
             if not _has_kernels(self.device):
                 self.rewrites -= {"group_norm_silu"}
-            if kind is TorchPlan and (self.device.type, self.dtype) == _NATIVE:
+            if kind is TorchPlan and on_cpu:
                 # oneDNN's convolutions sum in longer chains in this layout: on the CIFAR-10 network
                 # of Ho et al. 2.0 to 2.2 times the error, more than a plan may make.
                 self.rewrites -= {"channels_last"}
