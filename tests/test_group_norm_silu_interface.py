@@ -3,6 +3,8 @@ derivatives."""
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -194,3 +196,14 @@ def test_under_inference_mode_and_each_backend():
             buffer, out = padded(LAST)
             torch.testing.assert_close(group_norm_silu(LAST, 4, WEIGHT, BIAS, out=out), y)
             assert (buffer[:, 0] == 7).all()
+
+
+@pytest.mark.parametrize("shape", [(3, 8), (2, 8, 5), (2, 8, 3, 4)], ids=str)
+def test_gradients_of_the_reference_backend(shape):
+    found = []
+    for backend in ("reference", "auto"):
+        x = torch.linspace(-2, 3, math.prod(shape)).reshape(shape).requires_grad_()
+        with use_backend(backend):
+            group_norm_silu(x, 2, WEIGHT[:8], BIAS[:8]).square().sum().backward()
+        found.append(x.grad)
+    torch.testing.assert_close(*found)

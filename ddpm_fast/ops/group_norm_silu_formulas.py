@@ -92,7 +92,7 @@ def sums(
 ) -> None:
     """Σ dz, Σ dz·x̂ and Σ x̂ of each channel of a sample, [3, N, C]."""
     dz, x_hat = _dz_and_x_hat(dy, s, mean, rstd, affine, silu)
-    out.copy_(torch.stack([t.flatten(2).sum(2) for t in (dz, dz * x_hat, x_hat)]))
+    out.copy_(torch.stack([t.reshape(*t.shape[:2], -1).sum(2) for t in (dz, dz * x_hat, x_hat)]))
 
 
 def bwd(
