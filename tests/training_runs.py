@@ -1,4 +1,4 @@
-"""Runs small enough for tests: a tiny network on digits, and what is compared of two runs."""
+"""Runs small enough for tests: a tiny network, its commands, what is compared of two runs."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from PIL import Image
 
+from ddpm_fast.cli import main
 from ddpm_fast.training.checkpoints import read_checkpoint
 from ddpm_fast.training.config import RunConfig
 from ddpm_fast.training.data import ImageData, Loader, TensorImages
@@ -69,6 +72,40 @@ def go_on(trainer: Trainer, steps: int, data: ImageData | None = None) -> Traine
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in trainer.model.state_dict().items()}
+
+
+def losses(trainer):
+    return [loss for _, loss, _ in trainer.read()]
+
+
+def assert_same_weights(a, b, tolerance=0.0):
+    for name, value in weights(a).items():
+        torch.testing.assert_close(weights(b)[name], value, rtol=0, atol=tolerance)
+
+
+@pytest.fixture(name="config")
+def config_file(tmp_path) -> Path:
+    return written(tmp_path / "tiny.json", {})
+
+
+def written(path: Path, over: dict) -> Path:
+    path.write_text(json.dumps(merged(TINY, over)))
+    return path
+
+
+@pytest.fixture(name="images")
+def image_folder(tmp_path) -> Path:
+    """A folder with two classes, of images of several sizes and modes."""
+    for i in range(24):
+        folder = tmp_path / "images" / "ab"[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        picture = Image.effect_noise((8 + i % 3, 8 + i % 2), 60 + i)
+        picture.convert(("L", "RGB", "RGBA", "P")[i % 4]).save(folder / f"{i:02}.png")
+    return tmp_path / "images"
+
+
+def train(*arguments: object) -> int:
+    return main(["train", *map(str, arguments)])
 
 
 # A folder's images are read when they are asked for, however few they are.
