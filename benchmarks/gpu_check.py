@@ -113,6 +113,8 @@ def build(folder: Path, gpu: dict[str, str]) -> Result:
 SAMPLING = "benchmarks/bench_sampling.py"
 GPU_TESTS = [
     "tests/test_gpu.py",
+    "tests/test_gpu_streams.py",
+    "tests/test_gpu_objective.py",
     "tests/test_gpu_integrations.py",
     "tests/test_gpu_group_norm_silu.py",
     "tests/test_gpu_engine.py",

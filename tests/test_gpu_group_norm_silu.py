@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gpu_backends import BACKENDS, BIG, On, gpu
 from group_norm_cases import COMBINATIONS, eager, exact, problem
 from helpers import DTYPES, assert_as_good_as_eager, no_gpu, ulp
-from test_gpu import BACKENDS, BIG, On, gpu
 
 import ddpm_fast
 from ddpm_fast import group_norm_silu, use_backend
