@@ -31,6 +31,15 @@ METHODS = [
     ("ddim", "fixed_small", 0.0),
     ("ddim", "fixed_small", 1.0),
 ]
+# Each at 50 steps, and at all 1000: of those two in every run, a second or more each.
+IN_EVERY_RUN = METHODS[3:5]
+CASES = [
+    pytest.param(
+        *method, steps, marks=[pytest.mark.slow] * (steps == 1000 and method not in IN_EVERY_RUN)
+    )
+    for method in METHODS
+    for steps in (50, 1000)
+]
 LOG_MIX = 0.3  # the learned log-variance: this far from log β̃ to log β
 
 
@@ -98,8 +107,7 @@ def gaussian_model(variance, num_steps):
     return model
 
 
-@pytest.mark.parametrize("num_steps", [50, 1000])
-@pytest.mark.parametrize(("method", "variance", "eta"), METHODS)
+@pytest.mark.parametrize(("method", "variance", "eta", "num_steps"), CASES)
 def test_gaussian(method, variance, eta, num_steps):
     n = 20_000
     sampler = Sampler(
@@ -148,8 +156,7 @@ def mixture_eps(x, bar):
     return math.sqrt(1 - bar) * (share * away / variances).sum(-1)
 
 
-@pytest.mark.parametrize("num_steps", [50, 1000])
-@pytest.mark.parametrize(("method", "variance", "eta"), METHODS)
+@pytest.mark.parametrize(("method", "variance", "eta", "num_steps"), CASES)
 def test_mixture(method, variance, eta, num_steps):
     n = 20_000
     bars = SCHEDULE.alphas_cumprod.numpy()

@@ -37,8 +37,9 @@ def test_without_a_gpu_nothing_is_written(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not no_gpu(), reason="there is a GPU")
-@pytest.mark.parametrize("part", [pytest.param("test", marks=pytest.mark.slow), "bench"])
+@pytest.mark.parametrize("part", ["test", "bench"])
 def test_a_part_that_could_not_run_has_failed(part, tmp_path):
     """Torch sees no GPU: skipped tests and skipped benchmarks are not what was asked for."""
     run = gpu_check(tmp_path, "--part", part, gpu="NVIDIA H200, 580.1, 9.0")

@@ -231,6 +231,7 @@ def test_each_process_goes_its_own_way(run, tmp_path, monkeypatch, capsys):
     assert (out / "grid.png").exists()
 
 
+@pytest.mark.slow
 def test_processes_do_not_wait_for_one_that_fails(run, tmp_path):
     out = tmp_path / "out"
     sample(run, out, "--num", 4, "--batch-size", 4, "--seed", 9)
