@@ -75,7 +75,9 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "ddpm_fast's compiled kernels; call them through ddpm_fast.ops";
   m.def("isa", &cpu::isa, "The instruction set that the CPU kernels use.");
   m.def("supported_isas", &supported_isas, "Those that this processor could use, widest first.");
-  m.def("set_isa", &set_isa, py::arg("name"), "Uses another instruction set: the same bits.");
+  m.def("set_isa", &set_isa, py::arg("name"),
+        "Uses another instruction set. Noise, steps and losses keep their bits; convolutions and "
+        "attention are rounded otherwise where there is no fused multiply-add.");
   m.def("range", &range);
   m.def("randn", on_cpu(randn_params, cpu::randn));
   m.def("add_noise", on_cpu(add_noise_params, cpu::add_noise));

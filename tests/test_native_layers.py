@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
@@ -152,7 +155,15 @@ def test_bits_depend_on_neither_batch_nor_threads(isa, way, threads):
 
 @pytest.mark.parametrize(
     "shape",
-    [(1, 1, 1, 1), (2, 3, 2, 5), (1, 64, 1, 32), (3, 36, 4, 8), (2, 35, 2, 40), (1, 100, 3, 17)],
+    [
+        (1, 1, 1, 1),
+        (2, 3, 2, 5),
+        (1, 64, 1, 32),
+        (3, 36, 4, 8),
+        (2, 35, 2, 40),
+        (1, 100, 3, 17),
+        (1, 2048, 1, 8),  # whose sums are long
+    ],
     ids=str,
 )
 def test_attention(isa, shape):
@@ -185,6 +196,35 @@ def test_attention_keeps_nan(isa):
     qkv[0, 0, 9, 16] = torch.nan
     attention_call(qkv, 1, y, own=True)([], 1)
     assert y.isnan().all()
+
+
+def test_no_pixels(isa):
+    """Nothing to do, and nothing is divided by their number."""
+    for way in WAYS.values():
+        x, y = torch.zeros(2, 2, 6, 8), torch.zeros(2, 0, 8, 16)
+        Conv(draw(16, 8, 3, 3), None, **way).call(x, y)([], 2)
+    attention_call(torch.zeros(2, 0, 4, 48), 1, torch.zeros(2, 0, 4, 16), own=True)([], 2)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space as Linux does")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_no_memory_for_a_thread(threads):
+    """It is an error, and not the end of the process."""
+    child = f"""
+        import resource, torch
+        from ddpm_fast.nn.native_layers import attention_call
+        qkv, y = torch.zeros(1, 1, 200_000, 3), torch.zeros(1, 1, 200_000, 1)
+        attention_call(qkv[:, :, :1024], 1, y[:, :, :1024], own=True)([], {threads})  # has the threads
+        used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + 2**22, -1))
+        try:
+            attention_call(qkv, 1, y, own=True)([], {threads})
+        except MemoryError:
+            print("told")
+    """
+    run = [sys.executable, "-c", textwrap.dedent(child)]
+    found = subprocess.run(run, capture_output=True, text=True, timeout=120)
+    assert found.stdout == "told\n", found.stderr
 
 
 def test_packed_weights_are_the_blocks_that_the_kernels_read():

@@ -54,11 +54,15 @@ void exponentiate(const AttentionParams& p, float* scores, float* scales) {
       most = Lanes::at_least(load_unaligned<VecF>(scores + k * kQueries + column), most);
     }
     VecF sum{};
-    for (int64_t k = 0; k < p.pixels; ++k) {
-      float* at = scores + k * kQueries + column;
-      const VecF e = exp_clamped<Lanes>(load_unaligned<VecF>(at) - most);
-      sum += e;
-      store_unaligned(at, e);
+    for (int64_t first = 0; first < p.pixels; first += kChain) {
+      VecF chain{};
+      for (int64_t k = first; k < std::min(first + kChain, p.pixels); ++k) {
+        float* at = scores + k * kQueries + column;
+        const VecF e = exp_clamped<Lanes>(load_unaligned<VecF>(at) - most);
+        chain += e;
+        store_unaligned(at, e);
+      }
+      sum += chain;
     }
     store_unaligned(scales + column, Lanes::splat(1.0f) / sum);
   }

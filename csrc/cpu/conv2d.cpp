@@ -84,6 +84,7 @@ void run(const Conv2dParams& p, const Task& task) {
 
 void conv2d(const Conv2dParams& p, int threads) {
   const int64_t pixels = p.samples * p.rows * p.cols;
+  if (pixels == 0) return;
   const int64_t columns = p.phases * ceil_div(p.c_out, kConvBlock);
   threads = worth(threads, pixels * p.phases * p.kernel * p.kernel * p.c_in * p.c_out);
   // Enough tasks for every thread, or for its caches, if those are more.

@@ -88,6 +88,8 @@ inline float* thread_memory(int64_t floats) {
   thread_local std::unique_ptr<float[]> memory;
   thread_local int64_t held = 0;
   if (held < floats) {
+    held = 0;
+    memory.reset();  // first: two need more than one
     memory.reset(new float[static_cast<size_t>(floats)]);
     held = floats;
   }

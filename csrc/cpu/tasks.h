@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <exception>
 
 #include "simd.h"
 
@@ -19,14 +20,25 @@ inline int worth(int threads, int64_t products) {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
+// What a task throws (there may be no memory for its scratch) is thrown on once all have ended: it
+// must not leave a thread.
 template <class Body>
 void for_each_task(int64_t tasks, int threads, const Body& body) {
   if (threads == 1) {
     for (int64_t i = 0; i < tasks; ++i) body(i);
     return;
   }
+  std::exception_ptr thrown;
 #pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t i = 0; i < tasks; ++i) body(i);
+  for (int64_t i = 0; i < tasks; ++i) {
+    try {
+      body(i);
+    } catch (...) {
+#pragma omp critical(ddpm_fast_task_failed)
+      thrown = std::current_exception();
+    }
+  }
+  if (thrown) std::rethrow_exception(thrown);
 }
 
 }  // namespace DDPM_FAST_ISA

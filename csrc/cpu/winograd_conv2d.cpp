@@ -173,6 +173,7 @@ void run(const WinogradConv2dParams& p, int64_t begin, int64_t end, int64_t firs
 template <int kSide>
 void run(const WinogradConv2dParams& p, int threads) {
   const int64_t tiles = p.samples * ((p.rows + 1) / 2) * ((p.cols + 1) / 2);
+  if (tiles == 0) return;
   const int64_t blocks = ceil_div(p.c_out, kConvBlock), size = tiles_a_block<kSide>(p.c_in);
   threads = worth(threads, tiles * kPlaces<kSide> * p.c_in * p.c_out);
   const int64_t ranges = ceil_div(tiles, size);

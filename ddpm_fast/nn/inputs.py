@@ -17,7 +17,7 @@ def check_images(config: UNetConfig, x: Tensor) -> None:
     factor = 2 ** (len(config.channels) - 1)
     if x.ndim != 4 or x.shape[1] != config.in_channels:
         raise ValueError(f"x must have shape [N, {config.in_channels}, H, W]; got {list(x.shape)}")
-    if x.shape[2] % factor or x.shape[3] % factor:
+    if x.shape[2] % factor or x.shape[3] % factor or 0 in x.shape[2:]:
         raise ValueError(f"x's sides must be multiples of {factor}; got {list(x.shape)}")
 
 

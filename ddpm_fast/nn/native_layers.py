@@ -94,7 +94,7 @@ class Conv:
             self.weights = torch.stack([_packed(kernel) for kernel in kernels])
         else:
             self.weights = _packed(weight)
-        self.bias = None if bias is None else bias.detach().contiguous()
+        self.bias = None if bias is None else _owned(bias)
 
     def call(
         self, x: Tensor, y: Tensor, *, row: int | None = None, residual: Tensor | None = None
@@ -162,7 +162,7 @@ class Norm:
     """GroupNorm, with SiLU or without."""
 
     def __init__(self, module: nn.GroupNorm, silu: bool, fused: bool) -> None:
-        self.weight, self.bias = (p.detach().contiguous() for p in (module.weight, module.bias))
+        self.weight, self.bias = (_owned(p) for p in (module.weight, module.bias))
         self.groups, self.eps, self.silu, self.fused = module.num_groups, module.eps, silu, fused
 
     def call(self, x: Tensor, y: Tensor, *, scale_shift: int | None = None) -> Call:
@@ -222,6 +222,11 @@ def copy_call(x: Tensor, y: Tensor) -> Call:
 
 def _strides(image: Tensor) -> tuple[int, int, int]:
     return image.stride()[:3]  # type: ignore[return-value]
+
+
+def _owned(vector: Tensor) -> Tensor:
+    """A copy, since kernels are told addresses: a model's memory can be moved under its tensors."""
+    return vector.detach().clone(memory_format=torch.contiguous_format)
 
 
 def _combined(weight: Tensor, down: Tensor, right: Tensor | None = None) -> Tensor:

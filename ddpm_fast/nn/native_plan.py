@@ -23,8 +23,8 @@ _PROGRAMS = 4  # shapes whose memory is kept
 class NativePlan:
     """The plan's executor for float32 on a CPU.
 
-    It keeps packed copies of the convolutions' weights, and the norms' own. The bits of a sample's
-    output depend on neither its batch nor the number of threads.
+    It keeps packed copies of the convolutions' weights, and the norms' own. For given rows, the
+    bits of a sample's output depend on neither its batch nor the number of threads.
 
     Args:
         unet: in eval mode, float32, on the CPU.
@@ -73,6 +73,12 @@ class NativePlan:
             own = [row if row.shape[0] == 1 else row[part] for row in rows]
             self._program((part.stop - begin, h, w)).run(x[part], own, out[part])
         return out
+
+    def reserve(self, shape: Sequence[int]) -> None:
+        """Makes what calls for images [N, C, H, W] work on, for each size of their parts."""
+        n, _, h, w = shape
+        for count in {min(n - begin, _IMAGES) for begin in range(0, n, _IMAGES)}:
+            self._program((count, h, w))
 
     def _program(self, shape: tuple[int, int, int]) -> _Program:
         program = self._programs.pop(shape, None)
