@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from group_norm_cases import CASES, COMBINATIONS, eager, exact, problem
-from helpers import DTYPES, LAYOUTS, assert_as_good_as_eager
+from helpers import DTYPES, LAYOUTS, assert_as_good_as_eager, laid_out
 
 from ddpm_fast import group_norm_silu, reference, use_backend
 from ddpm_fast.backends import native
@@ -47,6 +47,30 @@ def test_a_mean_far_from_zero(case, layout, isa):
         tensors = problem(shape, given, torch.float32, layout, mean=1e3)
         y, _ = run(tensors, groups, silu)
         assert_as_good_as_eager(y, eager(tensors, groups, silu), exact(tensors, groups, silu))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(2, 32, 16, 16), (2, 4, 32, 32)], ids=str)
+def test_values_that_differ_in_space(shape, layout, isa):
+    """The first rows, or the first of every eight pixels, thirty standard deviations off: what a
+    few pixels of a chunk would say of its mean."""
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    pixels = torch.arange(noise[0, 0].numel()).view(shape[2:])
+    chunk = 4096 // shape[1]
+    for off in (pixels < 2 * shape[3], pixels % chunk < chunk // 8, pixels % 8 == 0):
+        tensors = {"x": laid_out(noise + 30 * off, layout)}
+        y, _ = run(tensors, shape[1] // 4, False)
+        wanted = exact(tensors, shape[1] // 4, False)
+        assert_as_good_as_eager(y, eager(tensors, shape[1] // 4, False), wanted)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_squares_that_are_infinite(layout, isa):
+    """Then rstd is 0, and the bias is what remains."""
+    tensors = problem((2, 32, 16, 16), {"bias"}, torch.float32, layout)
+    for scale in (1e20, 1e30):
+        y, _ = run(tensors | {"x": tensors["x"] * scale}, 8, False)
+        assert torch.equal(y, tensors["bias"].view(32, 1, 1).expand_as(y))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

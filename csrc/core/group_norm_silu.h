@@ -9,10 +9,12 @@
 // an element in float32 where a sample fits the cache, else 12.
 //
 // The gradient, with dz = dy silu'(z'), A = weight (1 + scale), xhat = (u - mean) rstd, D =
-// elements of a group:
-//   S1 = sum dz, S2 = sum dz xhat, S3 = sum xhat      over each (n, c)'s pixels:
-//   group_norm_silu_sums m1 = sum_c A S1 / D, m2 = sum_c A S2 / D          over each group's
-//   channels: in Python dx = rstd (dz A - m1 - xhat m2) + dsum            group_norm_silu_bwd
+// elements of a group: group_norm_silu_sums adds up over each (n, c)'s pixels
+//   S1 = sum dz      S2 = sum dz xhat      S3 = sum xhat
+// from which Python makes, over each group's channels,
+//   m1 = sum_c A S1 / D      m2 = sum_c A S2 / D
+// with which group_norm_silu_bwd writes
+//   dx = rstd (dz A - m1 - xhat m2) + dsum
 #pragma once
 
 #include "convert.h"
@@ -80,7 +82,7 @@ struct GroupNormSiluParams {
   float* mean;  // [samples, groups], or null with rstd: nobody asks
   float* rstd;
   float* scratch;  // the chunks' moments: ddpm_fast/ops/group_norm_silu_run.py says how many floats
-  int64_t chunk;   // in channels_last so many pixels, else so many elements of a group
+  int64_t chunk;   // so many pixels; on the CPU, but in channels_last, elements of a group
   int64_t chunks;  // of a sample's pixels, or of a group's elements; the last may be shorter
 };
 

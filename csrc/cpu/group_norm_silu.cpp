@@ -81,35 +81,32 @@ class ChannelsLast {
     strides_ = p.residual != nullptr ? p.sum_strides : p.x_strides;
   }
 
-  // Sums about a guess, the mean of the first eighth of the pixels: that is at most sqrt(7)
-  // standard deviations off, whatever the values, so that no more than three bits cancel; and the
-  // first pass over all of a chunk, which waits for memory, is the only one.
+  // Two passes over a chunk, the second of which finds it in the first-level cache: its mean, and
+  // the squares about it, with what rounding left of the mean taken out again. Values whose squares
+  // are infinite have an infinite sum of them, as infinity + fma's exact product is.
   void first(int64_t n, int64_t chunk) const {
     const Pixels pixels = pixels_of(chunk);
     if (p_.residual != nullptr) add(n, pixels);
     const Element* s = at<Element>(source_, n * strides_.sample);
-    Pixels eighth = pixels;
-    eighth.end = pixels.begin + (pixels.end - pixels.begin + 7) / 8;
     const float share = 1.0f / static_cast<float>(pixels.end - pixels.begin);
-    const float share_of_eighth = 1.0f / static_cast<float>(eighth.end - eighth.begin);
     float* means = scratch(n, chunk);
     for_each_block<kBlock>(channels_, [&](auto block, int64_t c, int64_t some) {
       using Values = Block<Type, decltype(block)::value>;
       using Whole = Block<Float32, decltype(block)::value>;
       using V = PackLanes<Values::kVectors>;
       typename V::F sum = {}, of_d = {}, of_d2 = {};
-      for_each_pixel(s + c, eighth, [&](const Element* from) DDPM_FAST_INLINE {
+      for_each_pixel(s + c, pixels, [&](const Element* from) DDPM_FAST_INLINE {
         sum = sum + Values::load(from, some);
       });
-      const auto guess = sum * V::splat(share_of_eighth);
+      const auto mean = sum * V::splat(share);
       for_each_pixel(s + c, pixels, [&](const Element* from) DDPM_FAST_INLINE {
-        const auto d = Values::load(from, some) - guess;
+        const auto d = Values::load(from, some) - mean;
         of_d = of_d + d;
         of_d2 = V::fma(d, d, of_d2);
       });
       const auto shift = of_d * V::splat(share);
-      Whole::store(means + c, some, guess + shift);
-      Whole::store(means + channels_ + c, some, of_d2 - of_d * shift);
+      Whole::store(means + c, some, mean + shift);
+      Whole::store(means + channels_ + c, some, V::fma(-of_d, shift, of_d2));
     });
   }
 

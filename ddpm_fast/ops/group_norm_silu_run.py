@@ -12,6 +12,8 @@ from .group_norm_silu_formulas import Affine
 
 # Elements of a chunk: they stay in the first-level cache between the passes that go over them.
 CPU_CHUNK = 4096
+# Pixels of one in channels_last, at most: they are added up one after the other.
+CPU_CHUNK_PIXELS = 64
 # Pixels of a chunk of the backward pass, in channels_last, where they are added up one after the
 # other, and else.
 CPU_SUMS_CHUNK = {True: 32, False: 16384}
@@ -27,7 +29,8 @@ def cpu_chunks(shape: tuple[int, ...]) -> tuple[int, int, int]:
     samples, channels, groups, rows, cols, channels_last = shape
     chunk, length, each = CPU_CHUNK, channels // groups * rows * cols, groups
     if channels_last:
-        chunk, length, each = max(CPU_CHUNK // channels, 1), rows * cols, channels
+        chunk = min(max(CPU_CHUNK // channels, 1), CPU_CHUNK_PIXELS)
+        length, each = rows * cols, channels
     chunks = -(-length // chunk)
     return chunk, chunks, samples * chunks * 2 * each
 
