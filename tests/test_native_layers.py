@@ -214,7 +214,8 @@ def test_no_memory_for_a_thread(threads):
         import resource, torch
         from ddpm_fast.nn.native_layers import attention_call
         qkv, y = torch.zeros(1, 1, 200_000, 3), torch.zeros(1, 1, 200_000, 1)
-        attention_call(qkv[:, :, :1024], 1, y[:, :, :1024], own=True)([], {threads})  # has the threads
+        few = qkv[:, :, :1024], 1, y[:, :, :1024]
+        attention_call(*few, own=True)([], {threads})  # starts the threads
         used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + 2**22, -1))
         try:

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <exception>
 
@@ -20,22 +21,23 @@ inline int worth(int threads, int64_t products) {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// What a task throws (there may be no memory for its scratch) is thrown on once all have ended: it
-// must not leave a thread.
+// What a task throws (there may be no memory for its scratch) is thrown on once all threads have
+// ended, which then leave out what they have not begun: it must not leave a thread.
 template <class Body>
 void for_each_task(int64_t tasks, int threads, const Body& body) {
   if (threads == 1) {
     for (int64_t i = 0; i < tasks; ++i) body(i);
     return;
   }
+  std::atomic<bool> failed{false};
   std::exception_ptr thrown;
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t i = 0; i < tasks; ++i) {
+    if (failed.load(std::memory_order_relaxed)) continue;
     try {
       body(i);
     } catch (...) {
-#pragma omp critical(ddpm_fast_task_failed)
-      thrown = std::current_exception();
+      if (!failed.exchange(true)) thrown = std::current_exception();
     }
   }
   if (thrown) std::rethrow_exception(thrown);
