@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch  # before the native module: both then share torch's OpenMP runtime
 
@@ -271,6 +271,11 @@ def use_backend(name: Backend) -> Iterator[None]:
         yield
     finally:
         _chosen.reset(token)
+
+
+def chosen() -> Backend:
+    """The backend of calls that do not name one, in this thread or task; perhaps "auto"."""
+    return cast(Backend, _chosen.get())
 
 
 def require(name: str) -> None:

@@ -6,47 +6,22 @@ out for them. docs/plan.md tells what it does and when it is made again.
 
 from __future__ import annotations
 
+import operator
 import threading
 import weakref
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
 
+from .backends import chosen, use_backend
 from .nn import inspection
+from .nn.memory import within_memory
 from .nn.prepared import Labels, Prepared
+from .nn.rewrites import REWRITES, check_dtype, names
+from .nn.snapshot import Snapshot
 from .nn.time_table import TimeTable
-from .ops.checks import FLOAT_DTYPES
-
-REWRITES: tuple[str, ...] = (
-    "time_table",
-    "group_norm_silu",
-    "phase_upsample",
-    "fused_qkv",
-    "channels_last",
-    "native_conv",
-    "winograd",
-    "native_attention",
-    "joined_skips",
-)
-"""The rewrites by name; the last four are of the CPU in float32.
-
-time_table: the timesteps' embedding and its projections of all residual blocks are computed at once
-    for a trajectory, of which a step reads a row; otherwise at each step as the model does.
-group_norm_silu: GroupNorm, what a residual block adds before or applies between, and SiLU are one
-    operation.
-phase_upsample: the convolution of an image of doubled sides is one of the image itself, by sums of
-    its weights: 4 products in place of 9.
-fused_qkv: one product gives an attention's queries, keys and values.
-channels_last: images and weights lie in this layout.
-native_conv: convolutions by the package's own kernels, from packed weights; needs channels_last.
-winograd: 3×3 convolutions by F(2×2, 3×3), 16 products in place of 36; with phase_upsample 9 for
-    those of doubled images.
-native_attention: scores, softmax and weighted values by one kernel of the package's own; otherwise
-    PyTorch's scaled_dot_product_attention.
-joined_skips: what a residual block gives is written where the concatenation will be read.
-"""
 
 
 def prepare(
@@ -90,20 +65,22 @@ class Plan:
     """A UNet prepared for sampling by :func:`prepare`; called like the model, from any thread.
 
     Each call, and each :meth:`trajectory`, first compares the model's parameters with what was
-    prepared, by identity, address and version: if one was changed, all is prepared again.
+    prepared, by identity, address and version, and a trajectory some of their values, too: if one
+    was changed, all is prepared again, for the backend that it was first prepared under.
 
     Raises:
         TypeError, ValueError: what the model cannot take; and, when it was changed, whatever
             ``prepare`` raises.
+        MemoryError: there is not enough for images of a shape.
     """
 
     def __init__(
         self, model: nn.Module, rewrites: frozenset[str], dtype: torch.dtype | None
     ) -> None:
-        self._asked, self._asked_dtype = rewrites, dtype
+        self._asked, self._asked_dtype, self._backend = rewrites, dtype, chosen()
         self._lock = threading.RLock()
         self._prepared: Prepared | None = None
-        self._snapshot: inspection.Snapshot | None = None
+        self._snapshot: Snapshot | None = None
         self._prepare(model)
         self._model = weakref.ref(model, self._forget)
 
@@ -125,16 +102,17 @@ class Plan:
             return prepared(x, prepared.time(prepared.timesteps(t, x.shape[0]), labels))
 
     def trajectory(self, timesteps: Tensor | Sequence[float]) -> Trajectory:
-        """The plan at given timesteps, which all samples share; of the weights as they are now.
+        """The plan at given timesteps, which all samples share; of the weights as they are now, by
+        a look at some of their values.
 
         Args:
             timesteps: [S], integers or floats.
         """
-        return Trajectory(self._current(), timesteps)
+        return Trajectory(self._current(look=True), timesteps)
 
     def refresh(self) -> None:
-        """Prepares again from the model's current weights, after a change that cannot be seen: one
-        through ``.data``, or by another process.
+        """Prepares again from the model's current weights, after a change that cannot be seen: of
+        single elements through ``.data``, say, or before a call that is of no trajectory.
 
         Raises:
             ReferenceError: the model is gone.
@@ -148,7 +126,8 @@ class Plan:
 
     @property
     def stale(self) -> bool:
-        """Whether the model was changed, so that the next call will prepare it again or refuse."""
+        """Whether the model was changed, so that the next call will prepare it again or refuse;
+        without a look at values."""
         model, snapshot = self._model(), self._snapshot
         return model is not None and (snapshot is None or not snapshot.is_of(model))
 
@@ -167,13 +146,27 @@ class Plan:
         """Where weights and images lie."""
         return self._current().device
 
+    @property
+    def backend(self) -> str:
+        """That it was prepared under, perhaps "auto"."""
+        return self._backend
+
     def is_of(self, model: object) -> bool:
         """Whether it was prepared from this object."""
         return self._model() is model
 
-    def _current(self) -> Prepared:
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a Plan can be neither copied nor pickled: prepare one from the copied model, or give "
+            "the Sampler that is copied the names of its rewrites, plan=plan.rewrites"
+        )
+
+    def _current(self, look: bool = False) -> Prepared:
+        """Of the model as it is; ``look``: at values, too."""
         with self._lock:
-            if self.stale:
+            snapshot = self._snapshot  # none of a model that is gone: then nothing can change
+            unseen = look and snapshot is not None and not self.stale and not snapshot.has_values()
+            if unseen or self.stale or self._prepared is None:
                 self.refresh()
             assert self._prepared is not None
             return self._prepared
@@ -181,17 +174,14 @@ class Plan:
     def _prepare(self, model: nn.Module) -> None:
         inspection.inspect(model)
         self._prepared = self._snapshot = None  # first: two need more memory than one
-        snapshot = inspection.Snapshot(model)
-        reason = ""
-        try:
-            self._prepared = Prepared(model, self._asked, self._asked_dtype)
-        except (MemoryError, RuntimeError) as error:
-            reason = _out_of_memory(error)
-            if not reason:
-                raise
-        if reason:  # outside, where no traceback keeps what was half made
-            raise MemoryError(
-                f"not enough memory for a plan of the model, which is untouched: {reason}"
+        snapshot = Snapshot(model)
+        with use_backend(self._backend):
+            self._prepared = within_memory(
+                "a plan of the model, which is untouched",
+                Prepared,
+                model,
+                self._asked,
+                self._asked_dtype,
             )
         self._snapshot = snapshot
 
@@ -233,8 +223,14 @@ class Trajectory:
         """The model's output at the ``row``-th timestep, for arguments as of the plan's call.
 
         Raises:
-            IndexError: there is no such row.
+            TypeError, IndexError: no number of a row, or there is no such row.
         """
+        try:
+            row = operator.index(row)
+        except TypeError:
+            raise TypeError(
+                f"row must be an integer, the timestep's place in the trajectory; got {row!r}"
+            ) from None
         if not 0 <= row < len(self):
             raise IndexError(f"row must lie in 0 … {len(self) - 1}; got {row}")
         prepared = self._prepared
@@ -242,6 +238,16 @@ class Trajectory:
         with torch.no_grad(), prepared.context():
             x, labels = prepared.inputs(x, class_labels)
             return prepared(x, self._rows(row, labels, x.shape[0]))
+
+    def reserve(self, shape: Sequence[int]) -> None:
+        """Takes the memory that steps of images [N, C, H, W] need, which the first would take.
+
+        Raises:
+            ValueError: a shape that the model cannot take.
+            MemoryError: there is not enough.
+        """
+        with torch.no_grad(), self._prepared.context():
+            self._prepared.reserve(shape)
 
     def of_row(self, x: Tensor, row: int, **kwargs: Any) -> Tensor:
         """:meth:`step` in the order of a model's arguments, the row in place of the timestep."""
@@ -256,37 +262,7 @@ class Trajectory:
         return self._table.step(row, labels)
 
 
-def names(rewrites: str | Iterable[str]) -> frozenset[str]:
-    """Names of rewrites, or "all" of them.
-
-    Raises:
-        TypeError, ValueError: not names, or others.
-    """
-    if rewrites == "all":
-        return frozenset(REWRITES)
-    if not isinstance(rewrites, Iterable):
-        raise TypeError(f"rewrites must be names; got {type(rewrites).__name__}")
-    found = [rewrites] if isinstance(rewrites, str) else list(rewrites)
-    if unknown := [name for name in found if name not in REWRITES]:
-        raise ValueError(f"rewrites must be among {', '.join(REWRITES)}; got {unknown}")
-    return frozenset(found)
-
-
-def check_dtype(dtype: torch.dtype) -> None:
-    """Raises ValueError unless a plan can be of it."""
-    if dtype not in FLOAT_DTYPES:
-        raise ValueError(f"a plan's dtype must be float32, bfloat16 or float16; got {dtype}")
-
-
 def _check_keywords(kwargs: dict[str, Any], prepared: Prepared) -> None:
     for name in kwargs:
         if name != "return_dict" or not prepared.takes_return_dict:
             raise TypeError(f"the plan got an unexpected keyword argument {name!r}")
-
-
-def _out_of_memory(error: MemoryError | RuntimeError) -> str:
-    """In its own words, if memory is what is missing; PyTorch has no class for a CPU's."""
-    said = str(error).split("\n")[0]
-    known = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
-    cpu = "can't allocate memory" in said or "not enough memory" in said
-    return said or type(error).__name__ if known or cpu else ""

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 
-from .engine import Plan, Trajectory, check_dtype, names, prepare
+from .backends import chosen
+from .engine import Plan, Trajectory, prepare
 from .model import Model
 from .nn import inspection
+from .nn.rewrites import check_dtype, names
 
 
 class Planner:
@@ -48,38 +50,74 @@ class Planner:
                     f"{type(model).__qualname__} with plan={choice!r}"
                 )
 
-    def trajectory(self, model: Any, timesteps: Sequence[float]) -> Trajectory | None:
-        """The plan at a trajectory's timesteps; None where the model itself is to be called.
+    def trajectory(
+        self, model: Any, timesteps: Sequence[float], shape: Sequence[int]
+    ) -> Trajectory | None:
+        """The plan at a trajectory's timesteps, with memory for images of a shape; None where the
+        model itself is to be called.
 
         Raises:
-            ValueError, MemoryError: no plan can be made, and one was asked for.
+            ValueError: a shape that the model cannot take.
+            ValueError, MemoryError: no plan can be made, or not for the shape, and one was asked
+                for.
         """
-        if self._given is not None:
-            return self._given.trajectory(timesteps)
-        if self._off or (self._automatic and not self._suits(model)):
+        if self._off:
+            return None
+        if self._automatic and (why := self._unsuited(model)):
+            if self._dtype is not None and not self._failed:
+                self._tell(f"plan_dtype={self._dtype} is not obeyed: the model is called, as {why}")
             return None
         try:
-            if self._made is None or not self._made.is_of(model):
-                self._made = None
-                self._made = prepare(model, rewrites=self._rewrites, dtype=self._dtype)
-            return self._made.trajectory(timesteps)
+            found = self._plan_of(model).trajectory(timesteps)
         except (ValueError, MemoryError) as error:
             if not self._automatic:
                 raise
             self._failed = isinstance(error, MemoryError)
-            if str(error) != self._told:
-                self._told = str(error)
-                warnings.warn(f"sampling without a plan: {error}", stacklevel=4)
+            self._tell_without(error)
             return None
+        try:
+            found.reserve(shape)
+        except MemoryError as error:
+            if not self._automatic:
+                raise
+            self._tell_without(error)
+            return None
+        return found
 
-    def _suits(self, model: Any) -> bool:
-        """Whether a plan is worth trying: of a model that is not compiled, and runs in its own
+    def _plan_of(self, model: Any) -> Plan:
+        if self._given is not None:
+            return self._given
+        made = self._made
+        if made is None or not made.is_of(model) or made.backend != chosen():
+            self._made = made = None  # first: two need more memory than one
+            self._made = made = prepare(model, rewrites=self._rewrites, dtype=self._dtype)
+        return made
+
+    def _unsuited(self, model: Any) -> str:
+        """Why no plan is worth trying of a model: it is compiled, say, or does not run in its own
         dtype. That it is in training mode was said already."""
-        if self._failed or not inspection.is_known(model) or model.training:
-            return False
+        if self._failed:
+            return "there was not enough memory for a plan"
+        if not inspection.is_known(model):
+            return "there are no plans of its class"
+        if model.training:
+            return "it is in training mode"
+        if model._compiled_call_impl is not None:
+            return "it is compiled"
         device = next(model.parameters()).device.type
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        return model._compiled_call_impl is None and not autocast
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            return "autocast is on"
+        return ""
+
+    def _tell_without(self, error: Exception) -> None:
+        dtype = "" if self._dtype is None else f" (plan_dtype={self._dtype} is not obeyed)"
+        self._tell(f"sampling without a plan{dtype}: {error}", stacklevel=6)
+
+    def _tell(self, what: str, stacklevel: int = 5) -> None:
+        """Once, to who samples."""
+        if what != self._told:
+            self._told = what
+            warnings.warn(what, stacklevel=stacklevel)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy, perhaps in another process, makes its own.

@@ -83,17 +83,20 @@ class Sampler:
             the schedule: int64 [N] of them, or float32 [N]. The timesteps themselves if None;
             ``torch.arange(T) * 1.0`` for models that take floats.
         device: of x_T where none is given: the model's parameters', else cpu.
-        backend: "auto", or one to insist on.
+        backend: "auto", or one to insist on, for what the model and its plan compute as well.
         graph: "auto", or "off": whether steps may be captured into a graph, on devices that have
             them. CPU tensors never are.
         plan: of a :class:`UNet` or a UNet2DModel of diffusers', which computes the same faster
             (docs/plan.md): "auto", where it can be made, else the model is called, and one warning
-            says why; "off"; a :class:`Plan` of the model; or the names of rewrites.
+            says why; "off"; a :class:`Plan` of the model; or the names of rewrites. Weights that
+            change are seen when a trajectory begins: whole tensors by any way, single elements
+            unless they are written through ``.data`` or NumPy.
         plan_dtype: of the plan that is made; the model's if None.
 
     Raises:
         ValueError: an unknown name or a number out of range, here and not at the first step; there,
             a plan that cannot be made, though not "auto".
+        MemoryError: there, not enough for a plan or for a shape with it, though not "auto".
         RuntimeError: the backend cannot run here.
 
     >>> sampler = Sampler(lambda x, t: torch.zeros_like(x), NoiseSchedule.linear(), num_steps=4)
@@ -305,7 +308,8 @@ class _Run:
         self.timesteps: list[int] = sampler.table.timesteps.tolist()
         self.model_timesteps = self.timesteps if told is None else told[self.timesteps].tolist()
         self.t_dtype = torch.int64 if told is None else told.dtype
-        self.plan = sampler._planner.trajectory(model, self.model_timesteps)
+        with self.backend():
+            self.plan = sampler._planner.trajectory(model, self.model_timesteps, shape)
         lies = parameter if self.plan is None else self.plan
         device = _device_of(sampler, x_T, lies)
         _, seeds, ids = noise_address(seed, sample_ids, shape[0], device)
@@ -387,7 +391,8 @@ class _Run:
         version = None if x.is_inference() else x._version  # nobody counts an inference tensor's
         halves = 1 if self.table.model_variance == "none" else 2
         where = f", at step {row}, t = {self.timesteps[row]}"
-        with torch.inference_mode():  # the model alone: the states are tensors without its limits
+        # The mode is the model's alone: the states are tensors without its limits
+        with self.backend(), torch.inference_mode():
             output = call_model(model, x, t, kwargs, halves, where)
         if version is not None and x._version != version:
             raise ValueError(f"the model changed its input x in place, at step {row}")

@@ -16,7 +16,8 @@ from unet2d_models import theirs_of
 from unet_weights import gap, randomised
 
 from ddpm_fast import UNet, prepare
-from ddpm_fast.nn import inspection, prepared
+from ddpm_fast.nn import prepared
+from ddpm_fast.nn.snapshot import Snapshot
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -199,7 +200,7 @@ def test_other_errors_are_not_called_a_want_of_memory(model, monkeypatch):
 
 def test_a_snapshot_holds_nothing_once_it_forgot():
     model = ours()
-    snapshot = inspection.Snapshot(model)
+    snapshot = Snapshot(model)
     kept = weakref.ref(model.conv_in)
     assert snapshot.is_of(model)
     snapshot.forget()

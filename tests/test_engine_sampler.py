@@ -191,7 +191,7 @@ def test_other_callables_are_called_silently(model, calls, monkeypatch):
     subclass = Another(SMALL).eval()
     subclass.load_state_dict(model.state_dict())
     compiled = torch.compile(model)
-    assert Sampler(compiled, SCHEDULE)._planner.trajectory(compiled, [5]) is None
+    assert Sampler(compiled, SCHEDULE)._planner.trajectory(compiled, [5], SHAPE) is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for other in (subclass, lambda x, t: model(x, t)):

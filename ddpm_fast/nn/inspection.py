@@ -1,5 +1,4 @@
-"""Whether a UNet is what its config says and nothing besides, so that a plan computes all of it;
-and whether that has changed since."""
+"""Whether a UNet is what its config says and nothing besides, so that a plan computes all of it."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ from ..ops.checks import FLOAT_DTYPES
 from .diffusers_config import CLASS
 from .unet import UNet
 
-_HOOKS = {
+HOOKS = {
     "_forward_pre_hooks": "forward pre-hook",
     "_forward_hooks": "forward hook",
     "_backward_pre_hooks": "backward pre-hook",
@@ -23,7 +22,7 @@ _HOOKS = {
 }
 # Of training, or that change nothing else than memory
 _MEANINGLESS = {"training", "gradient_checkpointing", "sample_size"}
-_FREE_U = ("s1", "s2", "b1", "b2")  # diffusers sets them on the blocks of the way up
+FREE_U = ("s1", "s2", "b1", "b2")  # diffusers sets them on the blocks of the way up
 
 
 def is_ours(model: object) -> bool:
@@ -61,10 +60,10 @@ def inspect(model: nn.Module) -> None:
             are elsewhere, quantised, or of several dtypes or devices.
     """
     check_class(model)
-    for names in _HOOKS:
+    for names in HOOKS:
         hooks = getattr(torch_module, f"_global{names}", {})
         for hook in hooks.values():
-            raise ValueError(f"a plan would leave out the global {_HOOKS[names]} {_name(hook)}")
+            raise ValueError(f"a plan would leave out the global {HOOKS[names]} {_name(hook)}")
     for name, module in model.named_modules():
         _check_extras(name or "the model", module)
     _check_structure(model)
@@ -84,7 +83,7 @@ def _check_extras(name: str, module: nn.Module) -> None:
             f"a plan would leave out the hook on {name} by which accelerate or diffusers moves "
             "weights: load the model without offloading, or remove the hooks"
         )
-    for names, kind in _HOOKS.items():
+    for names, kind in HOOKS.items():
         for hook in state[names].values():
             raise ValueError(f"a plan would leave out the {kind} {_name(hook)} on {name}")
     if "parametrizations" in state["_modules"]:
@@ -92,7 +91,7 @@ def _check_extras(name: str, module: nn.Module) -> None:
         raise ValueError(f"a plan would leave out the parametrization of {which} on {name}")
     if "forward" in state:
         raise ValueError(f"a plan would leave out the forward that {name} itself was given")
-    if any(state.get(key) is not None for key in _FREE_U):
+    if any(state.get(key) is not None for key in FREE_U):
         raise ValueError(f"a plan would leave out FreeU on {name}: call .disable_freeu()")
 
 
@@ -190,65 +189,3 @@ def _check_tensors(model: nn.Module) -> None:
 
 def _name(hook: Any) -> str:
     return getattr(hook, "__qualname__", type(hook).__qualname__)
-
-
-class Snapshot:
-    """What a model was when it was inspected. It holds no module, and no tensor once
-    :meth:`forget` was called."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._states: list[dict[str, Any]] = []
-        self._children: list[tuple[nn.Module, ...]] = []
-        self._classes: list[tuple[type, ...]] = []
-        self._tensors: list[tuple[Tensor | None, ...]] = []
-        self._addresses: list[tuple[int, int]] = []
-        for module in model.modules():
-            children = tuple(module.__dict__["_modules"].values())
-            self._states.append(module.__dict__)
-            self._children.append(children)
-            self._classes.append(tuple(map(type, children)))
-            tensors = _tensors_of(module.__dict__)
-            self._tensors.append(tensors)
-            self._addresses += [_address(tensor) for tensor in tensors if tensor is not None]
-
-    def is_of(self, model: nn.Module) -> bool:
-        """Whether nothing was changed that could change what the model computes."""
-        if any(getattr(torch_module, f"_global{names}", None) for names in _HOOKS):
-            return False
-        addresses = iter(self._addresses)
-        for state, children, classes, tensors in zip(
-            self._states, self._children, self._classes, self._tensors, strict=True
-        ):
-            if (
-                state["training"]
-                or state["_forward_pre_hooks"]
-                or state["_forward_hooks"]
-                or state["_backward_pre_hooks"]
-                or state["_backward_hooks"]
-                or "forward" in state
-                or tuple(state["_modules"].values()) != children
-                or tuple(map(type, children)) != classes
-            ):
-                return False
-            found = _tensors_of(state)
-            if len(found) != len(tensors):
-                return False
-            for tensor, before in zip(found, tensors, strict=True):
-                if tensor is not before:
-                    return False
-                if tensor is not None and _address(tensor) != next(addresses):
-                    return False
-        return True
-
-    def forget(self) -> None:
-        for kept in (self._states, self._children, self._classes, self._tensors, self._addresses):
-            kept.clear()
-
-
-def _tensors_of(state: dict[str, Any]) -> tuple[Tensor | None, ...]:
-    return (*state["_parameters"].values(), *state["_buffers"].values())
-
-
-def _address(tensor: Tensor) -> tuple[int, int]:
-    # Tensors of inference mode count no versions
-    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version

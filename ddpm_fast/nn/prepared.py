@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Sequence
-from typing import Any, ClassVar, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,13 @@ from ..backends import native, select
 from .diffusers_weights import load
 from .inputs import check_images, check_labels
 from .inspection import is_ours
+from .memory import within_memory
 from .native_plan import NativePlan
 from .time_table import TimeRows
 from .torch_plan import TorchPlan
 from .unet import UNet
 
+_T = TypeVar("_T")
 Labels = Tensor | int | None  # [N] or [1]; one of all samples; none
 
 
@@ -36,6 +38,9 @@ class Executor(Protocol):
     def __init__(self, unet: UNet, rewrites: frozenset[str], dtype: torch.dtype) -> None: ...
 
     def __call__(self, x: Tensor, rows: Sequence[Tensor]) -> Tensor: ...
+
+    def reserve(self, shape: Sequence[int]) -> None:
+        """Takes what memory it will keep for images of a shape."""
 
 
 def native_executor() -> type[Executor] | None:
@@ -111,12 +116,28 @@ class Prepared:
         if not x.shape[0]:
             channels = self.config.out_channels or self.config.in_channels
             return x.new_empty((0, channels, *x.shape[2:]))
+        return self._guarded(self.executor, x.shape, x, rows)
+
+    def reserve(self, shape: Sequence[int]) -> None:
+        """Takes what memory is kept for images of a shape.
+
+        Raises:
+            ValueError: the UNet cannot take it.
+            MemoryError: there is not enough.
+        """
+        check_images(self.config, torch.empty(list(shape), device="meta"))
+        if shape[0]:
+            self._guarded(self.executor.reserve, shape, shape)
+
+    def _guarded(self, function: Callable[..., _T], shape: Sequence[int], *args: object) -> _T:
+        """What the executor returns for images of a shape, one thread at a time where it must."""
+        what = f"images of {list(shape)} in a plan"
         if not torch.is_inference_mode_enabled():
             with self._turn:
-                return self.executor(x, rows)
+                return within_memory(what, function, *args)
         # Memory that it keeps must not be of this mode, since other calls are not
         with self._turn, torch.inference_mode(False), torch.no_grad():
-            return self.executor(x, rows)
+            return within_memory(what, function, *args)
 
     def context(self) -> contextlib.AbstractContextManager[object]:
         """The plan's dtype is what it computes in, and its device is where, whatever the caller's

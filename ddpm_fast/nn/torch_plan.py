@@ -74,6 +74,9 @@ class TorchPlan:
                 image = part(image, row)
         return self._conv_out(self._norm_out(image)).contiguous()
 
+    def reserve(self, shape: Sequence[int]) -> None:
+        """Nothing: it keeps no memory between calls."""
+
 
 _Part = Res | Attention | Resample
 
