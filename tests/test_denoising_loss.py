@@ -153,6 +153,9 @@ def test_weights_and_upstream_gradients():
     torch.testing.assert_close(again, weighted_gradient)
     (once_more,) = torch.autograd.grad(found, m, torch.ones(3), retain_graph=True)
     assert torch.equal(once_more, gradient)
+    batch = torch.stack([weights, torch.ones(3)])
+    (both,) = torch.autograd.grad(found, m, batch, is_grads_batched=True, retain_graph=True)
+    assert torch.equal(both, torch.stack([again, gradient]))
     (last,) = torch.autograd.grad(found, m, weights)
     assert torch.equal(last, again)
 

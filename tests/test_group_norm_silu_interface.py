@@ -3,11 +3,13 @@ derivatives."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_fast import group_norm_silu, reference, use_backend
 
@@ -75,6 +77,33 @@ def test_out_in_place_and_beside(isa):
     torch.testing.assert_close(one, group_norm_silu(pixel, 4, WEIGHT, BIAS))
 
 
+def test_out_where_an_input_lies():
+    """Over x itself and between its pixels, however sides of one element say they lie; over
+    nothing else."""
+    one = X[:1, :, :, :1].contiguous(memory_format=torch.channels_last)
+    expected = group_norm_silu(one, 2)
+    x = one.clone().as_strided(one.shape, (1 << 20, 1, 8, 0))
+    out = x.as_strided(one.shape, (1, 1, 8, 3))
+    assert torch.equal(group_norm_silu(x, 2, out=out), expected)
+    wide = torch.zeros(4, 16)  # rows of one pixel
+    left, right = (wide[:, i:].as_strided(one.shape, (0, 1, 16, 0), i) for i in (0, 8))
+    left.copy_(one)
+    assert torch.equal(group_norm_silu(left, 2, out=right), expected)
+    with pytest.raises(ValueError, match="out must not overlap x in part"):
+        group_norm_silu(left, 2, out=wide.as_strided(one.shape, (0, 1, 16, 0), 4))
+
+    row, rows = torch.zeros(384)[8:16], torch.zeros(2, 192)
+    for name in ("weight", "bias", "emb", "scale", "shift"):
+        memory = row if name in ("weight", "bias") else rows
+        x = memory.as_strided((2, 8, 4, 6), (192, 24, 6, 1), 0)
+        given = memory if memory is row else rows[:, 100:108]
+        with pytest.raises(ValueError, match=f"out must not overlap {name}$"):
+            group_norm_silu(x, 2, out=x, **{name: given})
+        assert x.count_nonzero() == 0
+        group_norm_silu(x, 2, out=x, **{name: given.clone() + 1})
+        memory.as_strided((384,), (1,), 0).zero_()
+
+
 def test_refused():
     x, halves = torch.zeros(2, 8, 4, 6), torch.zeros(2, 8, 8, 6)
     cases = [
@@ -126,8 +155,9 @@ def test_empty():
         assert torch.equal(weight.grad, torch.zeros(shape[1]))
 
 
-def test_derivatives_of_derivatives(isa):
-    """A gradient penalty: by PyTorch's graph of the formula."""
+@pytest.mark.parametrize("seen", [False, True], ids=["", "dispatched"])
+def test_derivatives_of_derivatives(seen, isa):
+    """A gradient penalty: by PyTorch's graph of the formula; also where a mode sees each call."""
     generator = torch.Generator().manual_seed(1)
     names = ("x", "weight", "emb", "scale", "residual")
     values = [X, WEIGHT, *(torch.randn(2, 8, generator=generator) for _ in range(2)), X.flip(0)]
@@ -144,10 +174,34 @@ def test_derivatives_of_derivatives(isa):
         total = sum(g.square().sum() for g in gradients)
         return torch.autograd.grad(total, list(leaves.values()))
 
-    found = penalty(group_norm_silu, torch.float32)
+    with Seen() if seen else contextlib.nullcontext():
+        found = penalty(group_norm_silu, torch.float32)
     expected = penalty(reference.group_norm_silu, torch.float64)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
+
+
+class Seen(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_batch_of_gradients(create_graph, isa):
+    """Of autograd's own transform, older than torch.func's."""
+    x, emb = LAST.clone().requires_grad_(), X[:, :, 0, 0].clone().requires_grad_()
+    y, s = group_norm_silu(x, 4, WEIGHT, emb=emb, residual=X)
+    upstream = torch.stack([X, X.square(), X.flip(0)])
+
+    def gradients(upstream, batched):
+        return torch.autograd.grad(
+            (y, s), (x, emb), (upstream, 2 * upstream), retain_graph=True,
+            is_grads_batched=batched, create_graph=create_graph,
+        )  # fmt: skip
+
+    one_by_one = zip(*(gradients(u, False) for u in upstream), strict=True)
+    for a, b in zip(gradients(upstream, True), one_by_one, strict=True):
+        torch.testing.assert_close(a, torch.stack(b), rtol=1e-5, atol=1e-5)
 
 
 def test_registered_with_torch():

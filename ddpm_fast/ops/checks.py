@@ -263,6 +263,14 @@ def is_eager(*tensors: Tensor | None) -> bool:
     return True
 
 
+def is_eager_upstream(*upstream: Tensor | None) -> bool:
+    """The same of what a backward pass is given, which may be a batch of such gradients in disguise
+    (``is_grads_batched=True``)."""
+    return is_eager(*upstream) and not any(
+        t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in upstream
+    )
+
+
 def is_functional() -> bool:
     """Whether derivatives are taken forward, or a transform of torch.func is at work."""
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()

@@ -13,6 +13,7 @@ from . import checks
 from . import group_norm_silu_formulas as formulas
 from .group_norm_silu_backward import GroupNormSilu, setup_context, traced_backward
 from .group_norm_silu_formulas import Affine
+from .group_norm_silu_out import check_out, check_overlap
 from .group_norm_silu_run import lies_channels_last, run_forward
 
 _ARGUMENTS = (
@@ -65,12 +66,13 @@ def group_norm_silu(
 
     Returns:
         Like x, in its layout; with a residual also x + residual. Differentiable in every tensor:
-        once by a kernel; further (``create_graph=True``), in forward mode and under torch.func's
-        transforms by the formula in PyTorch.
+        once by a kernel; further (``create_graph=True``; not of what torch.compile has made, which
+        PyTorch differentiates once), in forward mode and under torch.func's transforms by the
+        formula in PyTorch.
 
     Raises:
         TypeError, ValueError: an argument of another type, shape, device or range; an out that
-            overlaps an input in part.
+            overlaps x or the residual in part, or another argument at all.
 
     >>> x = torch.randn(2, 32, 8, 8)
     >>> group_norm_silu(x, 8, torch.ones(32), torch.zeros(32)).shape
@@ -119,7 +121,7 @@ def _into(
         raise ValueError(
             "out cannot be differentiated through: leave it out, or call under torch.no_grad()"
         )
-    _check_out(out, x)
+    check_out(out, x)
     sum_out = None if residual is None else _empty_like(x)
     if checks.is_eager(x, *arguments[2:4], *arguments[5:9], out):
         _group_norm_silu_out(*arguments, out=out, sum_out=sum_out)
@@ -158,38 +160,6 @@ def _check(
         checks.check_tensor("residual", residual, x.device, (x.dtype,))
         checks.check_same_shape("residual", residual, tuple(x.shape))
     return num_groups, float(eps)
-
-
-def _check_out(out: Tensor, x: Tensor) -> None:
-    checks.check_tensor("out", out, x.device, (x.dtype,))
-    checks.check_same_shape("out", out, tuple(x.shape))
-    if out.is_contiguous():
-        fits = not lies_channels_last(x) or x.shape[1] == 1
-    else:
-        fits = lies_channels_last(out) and (x.ndim != 4 or _apart(out))
-        fits = fits and (
-            lies_channels_last(x)
-            or x.is_contiguous(memory_format=checks.memory_format(x.ndim, channels_last=True))
-        )
-    if fits:
-        return
-    order = "channels_last" if lies_channels_last(x) else "contiguous"
-    raise ValueError(
-        f"out must be {order}, as x is or is made, and no element of it in another's place; got "
-        f"strides {out.stride()}"
-    )
-
-
-def _apart(out: Tensor) -> bool:
-    """Whether no two elements share their place, of a 4-d tensor whose channels lie together."""
-    reach = out.shape[1]
-    sides = [(out.shape[i], out.stride(i)) for i in (0, 2, 3)]
-    for size, stride in sorted(sides, key=lambda side: side[1]):
-        if size > 1 and stride < reach:
-            return False
-        if size > 1:
-            reach = (size - 1) * stride + reach
-    return True
 
 
 def _empty_like(x: Tensor) -> Tensor:
@@ -269,10 +239,8 @@ def _group_norm_silu_out(
     out: Tensor,
     sum_out: Tensor | None,
 ) -> None:
-    for name, tensor in (("x", x), ("residual", residual)):
-        if tensor is not None:
-            _check_overlap(out, name, tensor)
     affine = Affine(weight, bias, emb, scale, shift)
+    check_overlap(out, x, residual, affine)
     run_forward(x, num_groups, affine, eps, residual, silu, out, sum_out, None, None)
     if not out.is_inference():
         increment_version(out)  # what autograd saved of it is no longer there
@@ -281,29 +249,3 @@ def _group_norm_silu_out(
 @torch.library.register_fake("ddpm_fast::group_norm_silu_out", lib=checks.library)
 def _group_norm_silu_out_fake(*arguments: Any, **outputs: Any) -> None:
     return None
-
-
-def _check_overlap(out: Tensor, name: str, other: Tensor) -> None:
-    """An input may be out itself, or lie between its pixels; not share a part of its elements."""
-    begin, other_begin = out.data_ptr(), other.data_ptr()
-    same_strides = out.stride() == other.stride()
-    if begin == other_begin and same_strides:
-        return
-    if not (begin < other_begin + _extent(other) and other_begin < begin + _extent(out)):
-        return
-    if same_strides and out.ndim == 4:
-        pixel = out.stride(3)
-        apart = abs(begin - other_begin) // out.itemsize
-        if all(stride % pixel == 0 for stride in (out.stride(0), out.stride(2))) and (
-            out.shape[1] <= apart % pixel <= pixel - out.shape[1]
-        ):
-            return
-    raise ValueError(f"out must not overlap {name} in part")
-
-
-def _extent(tensor: Tensor) -> int:
-    """Bytes from a tensor's first element to its last."""
-    if tensor.numel() == 0:
-        return 0
-    sides = zip(tensor.shape, tensor.stride(), strict=True)
-    return (sum((size - 1) * stride for size, stride in sides) + 1) * tensor.itemsize

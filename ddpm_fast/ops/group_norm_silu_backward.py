@@ -80,7 +80,7 @@ def _gradients(
 ) -> tuple[Tensor | None, Affine]:
     """By s, where that is asked for, and by weight, bias, emb, scale and shift."""
     tensors = (s, mean, rstd, *affine, silu)
-    eager = checks.is_eager(dy, dsum, *tensors[:-1])
+    eager = checks.is_eager(*tensors[:-1]) and checks.is_eager_upstream(dy, dsum)
     sums_op, bwd_op = _group_norm_silu_sums, _group_norm_silu_bwd
     if not eager:
         sums_op = torch.ops.ddpm_fast.group_norm_silu_sums.default
@@ -152,7 +152,9 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 def traced_backward(
     ctx: Any, dy: Tensor | None, dsum: Tensor | None, *others: None
 ) -> tuple[Tensor | None, ...]:
-    return (*_once(ctx, dy, dsum, ctx.needs_input_grad), None)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return (*_differentiable(ctx, dy, dsum), None)
+    return (*_by_kernels(ctx, dy, dsum, ctx.needs_input_grad), None)
 
 
 def _by_kernels(
@@ -165,9 +167,6 @@ def _by_kernels(
     of_s = needed[0] or needed[8]
     found = _gradients(dy, dsum, s, mean, rstd, Affine(*affine), ctx.silu, of_s)
     return _as_returned(ctx, *found)
-
-
-_once = checks.once_differentiable(_by_kernels)
 
 
 def _differentiable(ctx: Any, dy: Tensor | None, dsum: Tensor | None) -> tuple[Tensor | None, ...]:

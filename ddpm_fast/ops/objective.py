@@ -270,7 +270,7 @@ def from_kept_gradient(
 
 def _are_ones(upstream: Tensor) -> bool:
     """Whether every value is 1; False where that would take a wait or cannot be known."""
-    if upstream.device.type != "cpu" or not checks.is_eager(upstream):
+    if upstream.device.type != "cpu" or not checks.is_eager_upstream(upstream):
         return False
     if upstream.stride() == (0,) and upstream.numel():  # of a sum
         return upstream[0].item() == 1
