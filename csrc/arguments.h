@@ -275,31 +275,6 @@ inline Conv2dParams conv2d_params(uintptr_t x, int64_t x_sample, int64_t x_row, 
   return p;
 }
 
-inline WinogradConv2dParams winograd_conv2d_params(
-    uintptr_t x, int64_t x_sample, int64_t x_row, int64_t x_pixel, uintptr_t residual,
-    int64_t residual_sample, int64_t residual_row, int64_t residual_pixel, uintptr_t y,
-    int64_t y_sample, int64_t y_row, int64_t y_pixel, uintptr_t weights, uintptr_t bias,
-    int64_t bias_stride, int64_t samples, int64_t rows, int64_t cols, int64_t c_in, int64_t c_out,
-    bool doubled) {
-  WinogradConv2dParams p{};
-  p.x = pointer<float>(x);
-  p.x_strides = {x_sample, x_row, x_pixel};
-  p.residual = pointer<float>(residual);
-  p.residual_strides = {residual_sample, residual_row, residual_pixel};
-  p.y = pointer<float>(y);
-  p.y_strides = {y_sample, y_row, y_pixel};
-  p.weights = pointer<float>(weights);
-  p.bias = pointer<float>(bias);
-  p.bias_stride = bias_stride;
-  p.samples = samples;
-  p.rows = rows;
-  p.cols = cols;
-  p.c_in = c_in;
-  p.c_out = c_out;
-  p.doubled = doubled;
-  return p;
-}
-
 inline AttentionParams attention_params(uintptr_t qkv, int64_t qkv_sample, int64_t qkv_pixel,
                                         uintptr_t y, int64_t y_sample, int64_t y_pixel,
                                         int64_t samples, int64_t pixels, int64_t heads,

@@ -88,7 +88,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("group_norm_silu_sums", on_cpu(group_norm_silu_bwd_params, cpu::group_norm_silu_sums));
   m.def("group_norm_silu_bwd", on_cpu(group_norm_silu_bwd_params, cpu::group_norm_silu_bwd));
   m.def("conv2d", on_cpu(conv2d_params, cpu::conv2d));
-  m.def("winograd_conv2d", on_cpu(winograd_conv2d_params, cpu::winograd_conv2d));
+  m.def("winograd_conv2d", on_cpu(conv2d_params, cpu::winograd_conv2d));
   m.def("attention", on_cpu(attention_params, cpu::attention));
   m.attr("compiler") = DDPM_FAST_COMPILER;
   m.attr("openmp") =

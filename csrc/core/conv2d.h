@@ -11,37 +11,27 @@
 
 namespace ddpm_fast {
 
-// kernel x kernel taps, `stride` pixels apart. With 4 phases, one for each parity of row and
-// column, it is the convolution of a twice as large image that repeats each pixel of x to 2 x 2:
-// phase (a, b) begins a rows and b pixels further on in x, and gives the pixels (2 row + a, 2 col +
-// b) of y.
+// kernel x kernel taps, `stride` pixels apart, or of one pixel (kernel 1). With 4 phases it is the
+// convolution of an image twice as large, which repeats each pixel of x to 2 x 2; rows and cols are
+// x's, and each pixel of it gives 2 x 2 of y.
+//
+// Directly: phase (a, b) gives the pixels (2 row + a, 2 col + b) of y by 2 x 2 taps, which begin a
+// rows and b pixels further on in x. weights are [phases, blocks, taps, c_in, block].
+//
+// By Winograd's F(2x2, 3x3) (Lavin & Gray 2016), of 3 x 3 taps and stride 1: 16 products for 4
+// pixels in place of 36, or with 4 phases 9. weights are G g G^T as [blocks, 16 or 9, c_in, block];
+// x has rows and cols rounded up to even numbers, plus 2.
 struct Conv2dParams {
   const float* x;
-  const float* weights;   // [phases, blocks, taps, c_in, block], see kConvBlock
+  const float* weights;
   const float* bias;      // [c_out] for each sample, or for all with stride 0; or null
   const float* residual;  // or null
   float* y;
   PixelStrides x_strides, residual_strides, y_strides;
   int64_t bias_stride;
-  int64_t samples, rows, cols;  // of y, in one phase
+  int64_t samples, rows, cols;  // of y, or with phases of x
   int64_t c_in, c_out;
   int kernel, stride, phases;
-};
-
-// 3 x 3 taps, stride 1, by Winograd's F(2x2, 3x3) (Lavin & Gray 2016): 16 products for 4 pixels in
-// place of 36. x has rows and cols rounded up to even numbers, plus 2. Of a `doubled` image, which
-// repeats each pixel of x to 2 x 2, x has half of rows and cols, plus 2, and 9 products are left.
-struct WinogradConv2dParams {
-  const float* x;
-  const float* weights;  // G g G^T as [blocks, 16, c_in, block]
-  const float* bias;
-  const float* residual;
-  float* y;
-  PixelStrides x_strides, residual_strides, y_strides;
-  int64_t bias_stride;
-  int64_t samples, rows, cols;  // of y
-  int64_t c_in, c_out;
-  bool doubled;
 };
 
 // Softmax attention (Vaswani et al. 2017, eq. 1) over all pixels of an image, for each head apart:

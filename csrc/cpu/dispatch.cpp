@@ -20,7 +20,7 @@ struct KernelSet {
   void (*group_norm_silu_sums)(const GroupNormSiluBwdParams&, int);
   void (*group_norm_silu_bwd)(const GroupNormSiluBwdParams&, int);
   void (*conv2d)(const Conv2dParams&, int);
-  void (*winograd_conv2d)(const WinogradConv2dParams&, int);
+  void (*winograd_conv2d)(const Conv2dParams&, int);
   void (*attention)(const AttentionParams&, int);
 };
 
@@ -97,7 +97,7 @@ void group_norm_silu_bwd(const GroupNormSiluBwdParams& params, int threads) {
   current.load()->group_norm_silu_bwd(params, threads);
 }
 void conv2d(const Conv2dParams& params, int threads) { current.load()->conv2d(params, threads); }
-void winograd_conv2d(const WinogradConv2dParams& params, int threads) {
+void winograd_conv2d(const Conv2dParams& params, int threads) {
   current.load()->winograd_conv2d(params, threads);
 }
 void attention(const AttentionParams& params, int threads) {

@@ -22,7 +22,7 @@ namespace ddpm_fast {
   void group_norm_silu_sums(const GroupNormSiluBwdParams& params, int threads); \
   void group_norm_silu_bwd(const GroupNormSiluBwdParams& params, int threads);  \
   void conv2d(const Conv2dParams& params, int threads);                         \
-  void winograd_conv2d(const WinogradConv2dParams& params, int threads);        \
+  void winograd_conv2d(const Conv2dParams& params, int threads);                \
   void attention(const AttentionParams& params, int threads);                   \
   }
 
@@ -46,7 +46,7 @@ void group_norm_silu(const GroupNormSiluParams& params, int threads);
 void group_norm_silu_sums(const GroupNormSiluBwdParams& params, int threads);
 void group_norm_silu_bwd(const GroupNormSiluBwdParams& params, int threads);
 void conv2d(const Conv2dParams& params, int threads);
-void winograd_conv2d(const WinogradConv2dParams& params, int threads);
+void winograd_conv2d(const Conv2dParams& params, int threads);
 void attention(const AttentionParams& params, int threads);
 
 }  // namespace cpu

@@ -25,21 +25,21 @@ int64_t tiles_a_block(int64_t c_in) {
   return std::clamp<int64_t>(fit, kTileRows, kMostTiles) / kTileRows * kTileRows;
 }
 
-// Where tile i of 2 x 2 pixels of y lies, counted over samples.
-struct Tile {
-  int64_t sample, row, col;
+// Pixels of x from tile to tile.
+template <int kSide>
+constexpr int64_t kStep = kSide == 3 ? 1 : 2;
 
-  Tile(const WinogradConv2dParams& p, int64_t i) {
-    const int64_t rows = (p.rows + 1) / 2, cols = (p.cols + 1) / 2;
-    sample = i / (rows * cols);
-    row = i / cols % rows * 2;
-    col = i % cols * 2;
-  }
-  int64_t offset(const PixelStrides& s) const {
-    return sample * s.sample + row * s.row + col * s.pixel;
-  }
-  int64_t offset_half(const PixelStrides& s) const {
-    return sample * s.sample + row / 2 * s.row + col / 2 * s.pixel;
+// Where tile i of 2 x 2 pixels of y lies, counted over samples.
+template <int kSide>
+struct Tile {
+  int64_t sample, row, col;  // of tiles
+
+  static int64_t rows(const Conv2dParams& p) { return ceil_div(p.rows, kStep<kSide>); }
+  static int64_t cols(const Conv2dParams& p) { return ceil_div(p.cols, kStep<kSide>); }
+  Tile(const Conv2dParams& p, int64_t i)
+      : sample(i / (rows(p) * cols(p))), row(i / cols(p) % rows(p)), col(i % cols(p)) {}
+  int64_t offset(const PixelStrides& s, int64_t step) const {
+    return sample * s.sample + step * (row * s.row + col * s.pixel);
   }
 };
 
@@ -69,7 +69,7 @@ DDPM_FAST_HD void transform_back(const VecF (&m)[3], VecF (&y)[2]) {
 
 // V[f][tile] of one tile; `place` floats from f to f + 1.
 template <int kSide>
-void transform_input(const WinogradConv2dParams& p, const float* x, float* v, int64_t place) {
+void transform_input(const Conv2dParams& p, const float* x, float* v, int64_t place) {
   for (int64_t c = 0; c < p.c_in; c += kWidth) {
     const int64_t left = p.c_in - c;
     VecF columns[kSide][kSide];  // [column][row]
@@ -96,8 +96,8 @@ void transform_input(const WinogradConv2dParams& p, const float* x, float* v, in
 
 // The pixels of one tile for `kWidth` channels from c on: A^T M A, the bias and the residual.
 template <int kSide>
-void transform_output(const WinogradConv2dParams& p, const Tile& tile, const float* m,
-                      int64_t place, int64_t c) {
+void transform_output(const Conv2dParams& p, const Tile<kSide>& tile, const float* m, int64_t place,
+                      int64_t c) {
   VecF t[kSide][2];  // [column][row] of A^T M
 #pragma GCC unroll 4
   for (int j = 0; j < kSide; ++j) {
@@ -109,32 +109,36 @@ void transform_output(const WinogradConv2dParams& p, const Tile& tile, const flo
   const int64_t left = p.c_out - c;
   VecF bias{};
   if (p.bias != nullptr) bias = load_some(p.bias + tile.sample * p.bias_stride + c, left);
-  for (int i = 0; i < 2 && tile.row + i < p.rows; ++i) {
+  // Those that y has: a tile may reach past an odd side.
+  const int64_t scale = 2 / kStep<kSide>;
+  const int64_t rows = std::min<int64_t>(2, p.rows * scale - 2 * tile.row);
+  const int64_t cols = std::min<int64_t>(2, p.cols * scale - 2 * tile.col);
+  const PixelStrides &to = p.y_strides, &from = p.residual_strides;
+  float* y = p.y + tile.offset(to, 2) + c;
+  for (int i = 0; i < rows; ++i) {
     VecF d[kSide], pixels[2];
 #pragma GCC unroll 4
     for (int j = 0; j < kSide; ++j) d[j] = t[j][i];
     transform_back(d, pixels);
-    for (int j = 0; j < 2 && tile.col + j < p.cols; ++j) {
-      VecF y = pixels[j] + bias;
+    for (int j = 0; j < cols; ++j) {
+      VecF sum = pixels[j] + bias;
       if (p.residual != nullptr) {
-        const PixelStrides& s = p.residual_strides;
-        y += load_some(p.residual + tile.offset(s) + i * s.row + j * s.pixel + c, left);
+        const int64_t offset = tile.offset(from, 2) + i * from.row + j * from.pixel;
+        sum += load_some(p.residual + offset + c, left);
       }
-      const PixelStrides& s = p.y_strides;
-      store_some(p.y + tile.offset(s) + i * s.row + j * s.pixel + c, left, y);
+      store_some(y + i * to.row + j * to.pixel, left, sum);
     }
   }
 }
 
 // Tiles [begin, end) by blocks [first, last) of output channels.
 template <int kSide>
-void run(const WinogradConv2dParams& p, int64_t begin, int64_t end, int64_t first, int64_t last,
-         float* v, float* m) {
+void run(const Conv2dParams& p, int64_t begin, int64_t end, int64_t first, int64_t last, float* v,
+         float* m) {
   const int64_t count = end - begin, padded = round_up(count, kTileRows);
   const int64_t place = padded * p.c_in;
   for (int64_t i = 0; i < count; ++i) {
-    const Tile tile(p, begin + i);
-    const int64_t offset = kSide == 3 ? tile.offset_half(p.x_strides) : tile.offset(p.x_strides);
+    const int64_t offset = Tile<kSide>(p, begin + i).offset(p.x_strides, kStep<kSide>);
     transform_input<kSide>(p, p.x + offset, v + i * p.c_in, place);
   }
   for (int64_t block = first; block < last; ++block) {
@@ -160,7 +164,7 @@ void run(const WinogradConv2dParams& p, int64_t begin, int64_t end, int64_t firs
         }
       }
       for (int64_t i = 0; i < count; ++i) {
-        const Tile tile(p, begin + i);
+        const Tile<kSide> tile(p, begin + i);
         for (int n = 0; n < kTileVectors && channel + n * kWidth < p.c_out; ++n) {
           transform_output<kSide>(p, tile, m + i * kTileChannels + n * kWidth,
                                   padded * kTileChannels, channel + n * kWidth);
@@ -171,8 +175,8 @@ void run(const WinogradConv2dParams& p, int64_t begin, int64_t end, int64_t firs
 }
 
 template <int kSide>
-void run(const WinogradConv2dParams& p, int threads) {
-  const int64_t tiles = p.samples * ((p.rows + 1) / 2) * ((p.cols + 1) / 2);
+void run(const Conv2dParams& p, int threads) {
+  const int64_t tiles = p.samples * Tile<kSide>::rows(p) * Tile<kSide>::cols(p);
   if (tiles == 0) return;
   const int64_t blocks = ceil_div(p.c_out, kConvBlock), size = tiles_a_block<kSide>(p.c_in);
   threads = worth(threads, tiles * kPlaces<kSide> * p.c_in * p.c_out);
@@ -192,8 +196,8 @@ void run(const WinogradConv2dParams& p, int threads) {
 
 }  // namespace
 
-void winograd_conv2d(const WinogradConv2dParams& p, int threads) {
-  p.doubled ? run<3>(p, threads) : run<4>(p, threads);
+void winograd_conv2d(const Conv2dParams& p, int threads) {
+  p.phases == 4 ? run<3>(p, threads) : run<4>(p, threads);
 }
 
 }  // namespace DDPM_FAST_ISA

@@ -108,15 +108,10 @@ class Conv:
         head = [x.data_ptr(), *_strides(x)]
         head += [0, 0, 0, 0] if residual is None else [residual.data_ptr(), *_strides(residual)]
         head += [y.data_ptr(), *_strides(y), self.weights.data_ptr()]
-        if self.winograd:
-            kernel = native.winograd_conv2d
-            tail = [n, rows, cols, self.c_in, self.c_out, self.phases]
-        elif self.phases:
-            kernel = native.conv2d
+        kernel = native.winograd_conv2d if self.winograd else native.conv2d
+        tail = [n, rows, cols, self.c_in, self.c_out, self.kernel, self.stride, 1]
+        if self.phases:
             tail = [n, rows // 2, cols // 2, self.c_in, self.c_out, 2, 1, 4]
-        else:
-            kernel = native.conv2d
-            tail = [n, rows, cols, self.c_in, self.c_out, self.kernel, self.stride, 1]
         memory = x, y, residual, self.weights, self.bias
         if row is None:
             tail = [0 if self.bias is None else self.bias.data_ptr(), 0, *tail]
