@@ -48,6 +48,16 @@ def test_a_trajectory_sees_what_was_written_through_data(model):
     assert plan._prepared is kept  # nothing has changed since
 
 
+def test_weights_of_inference_mode_are_looked_at():
+    """They count no versions."""
+    with torch.inference_mode():
+        model = randomised(UNet(SMALL))
+        plan = prepare(model)
+        before = plan(X, 5)
+        model.conv_out.bias.add_(1)
+        assert gap(plan.trajectory([5]).step(0, X), before + 1) < 1e-5
+
+
 def test_averages_are_sampled(model):
     """Written and taken back through ``.data``, as diffusers' EMAModel does."""
     stored = [parameter.detach().clone() for parameter in model.parameters()]
