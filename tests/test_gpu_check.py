@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -109,6 +110,38 @@ def test_groups_of_tests(monkeypatch):
     assert not found["ok"]
     assert found["failed"] == ["test_x"]
     assert found["output"] == "what was wrong\nstopped"
+
+
+def test_every_kernel_is_watched(tmp_path, monkeypatch):
+    """compute-sanitizer's filters let each through: those of CUDA by their namespace, Triton's by
+    their names."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import gpu_check
+
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text("#!/bin/sh\necho ' --kernel-regex arg'\n")
+    tool.chmod(0o755)
+    commands, fine = [], {"ok": True, "passed": 1}
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(gpu_check, "tests", lambda *args: commands.append(args[-1]) or fine)
+    gpu_check.sanitize(tmp_path, {})
+    filters = [
+        value.removeprefix("kns=")
+        for option, value in itertools.pairwise(commands[0])
+        if option == "--kernel-regex"
+    ]
+    names = []
+    for path in (ROOT / "csrc" / "cuda").glob("*.cu*"):
+        for definition in path.read_text().split("__global__")[1:]:
+            name = re.search(r"(\w+)\(const __grid_constant__", definition)
+            spaces = path.read_text().partition("__global__")[0]
+            spaces = re.findall(r"^namespace (\w+) {$", spaces, re.M)
+            names.append("_ZN" + "".join(f"{len(part)}{part}" for part in [*spaces, name[1]]))
+    for path in (ROOT / "kernels").glob("*.py"):
+        names += re.findall(r"^ +(\w+)\[.+\]\($", path.read_text(), re.M)
+    assert len(names) >= 20
+    for name in names:
+        assert any(part in name for part in filters), name
 
 
 def test_what_takes_too_long_is_stopped_whole(monkeypatch):
