@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from ddpm_fast import UNet, UNetConfig, use_backend
 from ddpm_fast.nn import norms
@@ -31,10 +32,10 @@ def calls(monkeypatch):
     return found
 
 
-def gradients(model, x):
+def gradients(model, x, call=None):
     model.zero_grad()
-    y = model(x, T)
-    y.square().mean().backward()
+    y = model(x, T) if call is None else call(model, x, T)
+    y.float().square().mean().backward()
     return y.detach(), [p.grad.clone() for p in model.parameters()]
 
 
@@ -51,6 +52,37 @@ def test_the_same_function_as_the_modules(scale_shift, layout, calls):
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * max(b.abs().max().item(), 1e-2))
+
+
+def test_training_under_autocast(calls):
+    """As good as what the modules' own float32 norms make of it."""
+    model, x = unet(scale_shift=True), torch.randn(2, 2, 8, 8)
+    exact = torch.cat([g.flatten() for g in gradients(model, x)[1]])
+    calls.clear()
+
+    def error():
+        with torch.autocast("cpu", torch.bfloat16):
+            y, found = gradients(model, x)
+        assert y.dtype == torch.bfloat16
+        return (torch.cat([g.flatten() for g in found]) - exact).norm() / exact.norm()
+
+    by_op, usual = error(), len(calls)
+    with use_backend("reference"):
+        by_modules = error()
+    assert len(calls) == usual > 0
+    assert by_op <= 2 * by_modules < 0.1
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_training_with_a_checkpoint(reentrant, calls):
+    """Run again in the backward pass, the op gives the same bits."""
+    model, x = unet(), torch.randn(2, 2, 8, 8, requires_grad=True)
+    y, expected = gradients(model, x)
+    usual = len(calls)
+    again, found = gradients(model, x, lambda *inputs: checkpoint(*inputs, use_reentrant=reentrant))
+    assert len(calls) == 3 * usual
+    assert torch.equal(again, y)
+    assert all(map(torch.equal, found, expected))
 
 
 def test_norms_that_are_more_than_norms(calls):
