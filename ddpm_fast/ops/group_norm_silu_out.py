@@ -48,17 +48,16 @@ def check_overlap(out: Tensor, x: Tensor, residual: Tensor | None, affine: Affin
     as it is read when a part of out is there already."""
     begin = out.data_ptr()
     end = begin + _extent(out)
-
-    def apart(other: Tensor) -> bool:
-        other_begin = other.data_ptr()
-        return other_begin >= end or other_begin + _extent(other) <= begin
-
-    for name, tensor in (("x", x), ("residual", residual)):
-        if tensor is not None and not (apart(tensor) or _is_or_between(out, tensor)):
-            raise ValueError(f"out must not overlap {name} in part")
-    for name, tensor in affine._asdict().items():
-        if tensor is not None and not apart(tensor):
-            raise ValueError(f"out must not overlap {name}")
+    for i, tensor in enumerate((x, residual, *affine)):
+        if tensor is None or tensor is out:
+            continue
+        other = tensor.data_ptr()
+        if other >= end or (other < begin and other + _extent(tensor) <= begin):
+            continue
+        if i > 1:
+            raise ValueError(f"out must not overlap {affine._fields[i - 2]}")
+        if not _is_or_between(out, tensor):
+            raise ValueError(f"out must not overlap {('x', 'residual')[i]} in part")
 
 
 def _is_or_between(out: Tensor, other: Tensor) -> bool:
@@ -82,7 +81,9 @@ def _is_or_between(out: Tensor, other: Tensor) -> bool:
 
 def _extent(tensor: Tensor) -> int:
     """Bytes from a tensor's first element to its last."""
-    if tensor.numel() == 0:
-        return 0
-    sides = zip(tensor.shape, tensor.stride(), strict=True)
-    return (sum((size - 1) * stride for size, stride in sides) + 1) * tensor.itemsize
+    last = 0
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        if size == 0:
+            return 0
+        last += (size - 1) * stride
+    return (last + 1) * tensor.itemsize
