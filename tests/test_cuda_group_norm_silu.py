@@ -158,6 +158,16 @@ def test_the_batch_has_no_say(layout, on_host):
                 assert torch.equal(found[0], expected[n])
 
 
+def test_samples_that_vectors_cannot_reach(on_host):
+    """Nor is one of them taken by vectors when it is alone."""
+    memory = randn((2, 8 * 16 + 1), seed=1)
+    x = memory[:, :-1].unflatten(1, (4, 4, 8)).permute(0, 3, 1, 2)
+    together = on_host.run(lambda: group_norm_silu(x, 2))
+    alone = on_host.run(lambda: group_norm_silu(x[:1], 2))
+    assert short(on_host) == SINGLES
+    assert torch.equal(alone[0], together[0])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("channels", "body"), [(16, f"whole {CHANNELS}"), (16, CHANNELS), (6, SINGLES)]

@@ -71,7 +71,8 @@ struct GroupNormSiluFinish {
   static DDPM_FAST_HD void put(const GroupNormSiluParams& p, const GroupOfThreads& at, float about,
                                const Sums<2>& sums) {
     const float lacks = sums.of[0] * each(p, at), mean = about + lacks;
-    const float variance = ScalarLanes::at_least(sums.of[1] * each(p, at) - lacks * lacks, 0.0f);
+    const float squares = sums.of[1] * each(p, at);  // may be infinite
+    const float variance = ScalarLanes::at_least(ScalarLanes::fma(-lacks, lacks, squares), 0.0f);
     const float rstd = reciprocal_root(variance + p.eps);
     if (at.thread == 0 && p.mean != nullptr) {
       p.mean[at.n * p.shape.groups + at.group] = mean;

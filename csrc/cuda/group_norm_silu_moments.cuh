@@ -21,7 +21,8 @@ struct ChannelMoments {
     for (int k = 0; k < kChannels; ++k) {
       const float delta = other.mean[k] - mean[k];
       mean[k] = ScalarLanes::fma(delta, weight, mean[k]);
-      squares[k] = ScalarLanes::fma(delta * delta, spread, squares[k] + other.squares[k]);
+      // No spread is none of any delta, whose square may be infinite
+      squares[k] = ScalarLanes::fma(delta, delta * spread, squares[k] + other.squares[k]);
     }
     count = total;
   }

@@ -214,7 +214,8 @@ struct InFlight {
   }
 };
 
-// Whether vectors reach a tensor wherever a pixel's channels, or a channel's pixels, begin.
+// Whether vectors reach a tensor wherever a pixel's channels, or a channel's pixels, begin: one
+// sample's as if there were others, so that it comes to the same bits among them.
 template <class Layout>
 bool vectors_reach(const void* base, const GroupNormShape& shape, const PixelStrides& strides) {
   constexpr int64_t kElements = Layout::kElements;
@@ -224,7 +225,7 @@ bool vectors_reach(const void* base, const GroupNormShape& shape, const PixelStr
     return size == 1 || stride % kElements == 0;
   };
   return !shape.channels_last ||
-         (whole(shape.samples, strides.sample) && whole(shape.rows, strides.row) &&
+         (strides.sample % kElements == 0 && whole(shape.rows, strides.row) &&
           whole(shape.cols, strides.pixel));
 }
 
