@@ -85,6 +85,17 @@ def test_training_with_a_checkpoint(reentrant, calls):
     assert all(map(torch.equal, found, expected))
 
 
+def test_a_batch_of_gradients():
+    """As autograd.functional.jacobian(vectorize=True) asks for them."""
+    model, x = unet(), torch.randn(1, 2, 8, 8, requires_grad=True)
+    y = model(x, T[:1])
+    upstream = torch.randn(2, *y.shape)
+    (found,) = torch.autograd.grad(y, x, upstream, is_grads_batched=True, retain_graph=True)
+    for gradient, of_y in zip(found, upstream, strict=True):
+        (expected,) = torch.autograd.grad(y, x, of_y, retain_graph=True)
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+
+
 def test_norms_that_are_more_than_norms(calls):
     """Hooks fire, other classes and overrides are called, each leaving the other norms as they are;
     a hook for all modules is seen by all."""

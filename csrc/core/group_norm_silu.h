@@ -3,8 +3,8 @@
 //   s = x + residual, rounded to x's dtype      u = s + emb[n, c]
 //   z = (u - mean) rstd weight + bias           z' = z (1 + scale) + shift
 //   y = z' sigmoid(z'), or z'
-// mean and rstd = 1 / sqrt(var + eps) are of u over each sample's group of channels: by sums about
-// a mean, or a guess of it, of each chunk, which are combined in order (Chan et al. 1979). A chunk
+// mean and rstd = 1 / sqrt(var + eps) are of u over each sample's group of channels: by two passes
+// over each chunk, whose moments are combined in order (Chan et al. 1979). A chunk
 // is a function of the shape alone, so that neither batch nor threads change a bit. Moves 8 bytes
 // an element in float32 where a sample fits the cache, else 12.
 //
