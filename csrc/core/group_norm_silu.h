@@ -4,9 +4,9 @@
 //   z = (u - mean) rstd weight + bias           z' = z (1 + scale) + shift
 //   y = z' sigmoid(z'), or z'
 // mean and rstd = 1 / sqrt(var + eps) are of u over each sample's group of channels: by two passes
-// over each chunk, whose moments are combined in order (Chan et al. 1979). A chunk
-// is a function of the shape alone, so that neither batch nor threads change a bit. Moves 8 bytes
-// an element in float32 where a sample fits the cache, else 12.
+// over each chunk, whose moments are combined in order (Chan et al. 1979). A chunk is a function of
+// the shape alone, so that neither batch nor threads change a bit. Moves 8 bytes an element in
+// float32 where a sample fits the cache, else 12.
 //
 // The gradient, with dz = dy silu'(z'), A = weight (1 + scale), xhat = (u - mean) rstd, D =
 // elements of a group: group_norm_silu_sums adds up over each (n, c)'s pixels
