@@ -16,7 +16,8 @@ from .ops import (
     reverse_step,
     vlb_terms,
 )
-from .sampler import Sampler, SampleStep
+from .sampler import Sampler
+from .sampling import SampleStep
 from .schedule import NoiseSchedule, StepTable
 
 __version__ = "0.1.0"
