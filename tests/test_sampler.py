@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ddpm_fast import NoiseSchedule, Sampler, randn, reference, reverse_step
-from ddpm_fast.sampling import dynamic_threshold
+from ddpm_fast.stepping import dynamic_threshold
 
 SCHEDULE = NoiseSchedule.linear()
 SHAPE = (4, 3, 8, 8)
