@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,6 +29,10 @@ from .schedule import (
     Spacing,
     Variance,
 )
+from .step_table import StepTable
+
+if TYPE_CHECKING:
+    from .session import Session
 
 
 class Sampler:
@@ -121,15 +125,16 @@ class Sampler:
         require(backend)
         self.model = model
         self.schedule = schedule
+        self._trajectory: dict[str, Any] = {
+            "prediction": prediction,
+            "variance": variance,
+            "method": method,
+            "eta": eta,
+            "spacing": spacing,
+            "eps_source": eps_source,
+        }
         self.table = schedule.step_table(
-            prediction=prediction,
-            variance=variance,
-            method=method,
-            eta=eta,
-            num_steps=num_steps,
-            timesteps=timesteps,
-            spacing=spacing,
-            eps_source=eps_source,
+            num_steps=num_steps, timesteps=timesteps, **self._trajectory
         )
         self.clip = clip
         self.dynamic_threshold = dynamic_threshold
@@ -235,6 +240,36 @@ class Sampler:
         """:meth:`sample` step by step: yields a SampleStep after each; the last has the samples."""
         run = Run(self, shape, seed, sample_ids, x_T, start, model_kwargs, uncond_kwargs)
         return run.steps(every_state=True)
+
+    def session(self, shape: Sequence[int], *, max_batch: int, max_waiting: int = 1024) -> Session:
+        """Draws samples for many who ask at any time: those that are at different steps share a
+        batch, new ones join it at the next step, finished ones leave.
+
+        Each is the sample that ``sample([1, *shape], …)`` draws alone, its noise bit for bit, its
+        state to the rounding of the model's arithmetic in a batch of another size. The sampler's
+        settings count as they are now.
+
+        Args:
+            shape: [C, …] of one sample.
+            max_batch: how many share a call of the model.
+            max_waiting: how many may wait beside those.
+
+        Returns:
+            A :class:`Session`, a context manager.
+
+        Raises:
+            TypeError, ValueError, MemoryError: as ``sample``; a guidance_scale of the sampler that
+                is [N].
+        """
+        from .session import Session
+
+        return Session(self, shape, max_batch, max_waiting)
+
+    def table_of(self, num_steps: int | None) -> StepTable:
+        """The trajectory's table; with another number of steps, of the sampler's spacing."""
+        if num_steps is None:
+            return self.table
+        return self.schedule.step_table(num_steps=num_steps, **self._trajectory)
 
 
 def _check_guidance_scale(scale: float | Tensor) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -25,10 +26,12 @@ class StepTable:
     Attributes:
         rows: float32 [S, 9]: r, c_x, c_m, b_0, b_x, b_m, sigma, log_var_min, log_var_max, of
             ``x0_hat = clip(r (c_m m + c_x x))`` and ``x' = b_0 x0_hat + b_x x + b_m m + sigma z``.
-        timesteps: int64 [S], strictly decreasing: each row's timestep and the index of its noise.
+        timesteps: int64 [S], strictly decreasing, but from one trajectory to the next of
+            :func:`joined`: each row's timestep and the index of its noise.
         prediction: what the model's output m is.
         variance: where sigma comes from.
         method: "ddpm" or "ddim".
+        lengths: of the trajectories that follow each other in it; of its only one if empty.
     """
 
     rows: Tensor
@@ -36,6 +39,7 @@ class StepTable:
     prediction: Prediction
     variance: Variance
     method: Method
+    lengths: tuple[int, ...] = ()
     _by_device: dict[torch.device, StepTable] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -50,9 +54,10 @@ class StepTable:
         if not rows.is_contiguous() or not timesteps.is_contiguous():
             raise ValueError("rows and timesteps must be contiguous")
         if rows.device.type == "cpu":
-            if not bool((timesteps.diff() < 0).all()):
+            parts = timesteps.split(list(self.lengths or (len(rows),)))
+            if not all(bool((part.diff() < 0).all()) for part in parts):
                 raise ValueError("timesteps must strictly decrease")
-            if timesteps[-1] < 0 or timesteps[0] >= MAX_NUM_STEPS:
+            if timesteps.min() < 0 or timesteps.max() >= MAX_NUM_STEPS:
                 raise ValueError("timesteps must lie in 0 … 2^24 - 1")
 
     def __len__(self) -> int:
@@ -78,7 +83,26 @@ class StepTable:
         if found is None:
             with torch.inference_mode(False):
                 rows, timesteps = self.rows.to(device), self.timesteps.to(device)
-            found = StepTable(rows, timesteps, self.prediction, self.variance, self.method)
+            found = replace(self, rows=rows, timesteps=timesteps, _by_device={})
             if type(rows) is Tensor:  # not what stands for one while a function is traced
                 self._by_device[device] = found
         return found
+
+
+def joined(tables: Sequence[StepTable]) -> StepTable:
+    """The rows of trajectories of one kind, one after another: row i of a table is row i + the
+    lengths of those before it. No trajectory itself, but samples of all of them may share a step.
+
+    Raises:
+        ValueError: trajectories of different predictions, variances or methods, or none.
+    """
+    kinds = {(table.prediction, table.variance, table.method) for table in tables}
+    if len(kinds) != 1:
+        raise ValueError(f"tables must be of one prediction, variance and method; got {kinds}")
+    return replace(
+        tables[0],
+        rows=torch.cat([table.rows for table in tables]),
+        timesteps=torch.cat([table.timesteps for table in tables]),
+        lengths=tuple(map(len, tables)),
+        _by_device={},
+    )
