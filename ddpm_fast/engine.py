@@ -6,7 +6,6 @@ out for them. docs/plan.md tells what it does and when it is made again.
 
 from __future__ import annotations
 
-import operator
 import threading
 import weakref
 from collections.abc import Iterable, Sequence
@@ -18,10 +17,12 @@ from torch import Tensor, nn
 from .backends import chosen, use_backend
 from .nn import inspection
 from .nn.memory import within_memory
-from .nn.prepared import Labels, Prepared
+from .nn.prepared import Prepared
 from .nn.rewrites import REWRITES, check_dtype, names
 from .nn.snapshot import Snapshot
-from .nn.time_table import TimeTable
+from .nn.trajectory import Trajectory, mixed_step
+
+__all__ = ["REWRITES", "Plan", "Trajectory", "mixed_step", "prepare"]
 
 
 def prepare(
@@ -96,7 +97,7 @@ class Plan:
             kwargs: ``return_dict`` of a UNet2DModel, without a meaning here.
         """
         prepared = self._current()
-        _check_keywords(kwargs, prepared)
+        prepared.check_keywords(kwargs)
         with torch.no_grad(), prepared.context():
             x, labels = prepared.inputs(x, class_labels)
             return prepared(x, prepared.time(prepared.timesteps(t, x.shape[0]), labels))
@@ -190,79 +191,3 @@ class Plan:
         snapshot, self._snapshot = self._snapshot, None
         if snapshot is not None:
             snapshot.forget()
-
-
-class Trajectory:
-    """A plan at given timesteps, made by :meth:`Plan.trajectory`: changes of the model that come
-    later do not reach it. The table of their embeddings is made when it is first needed."""
-
-    def __init__(self, prepared: Prepared, timesteps: Tensor | Sequence[float]) -> None:
-        told = torch.as_tensor(timesteps, device=prepared.device)
-        if told.ndim != 1:
-            raise ValueError(f"timesteps must have shape [S]; got {list(told.shape)}")
-        self._prepared = prepared
-        self._timesteps = told
-        self._table: TimeTable | None = None
-
-    def __len__(self) -> int:
-        return len(self._timesteps)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of images and output."""
-        return self._prepared.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where images lie."""
-        return self._prepared.device
-
-    def step(
-        self, row: int, x: Tensor, class_labels: Tensor | None = None, **kwargs: Any
-    ) -> Tensor:
-        """The model's output at the ``row``-th timestep, for arguments as of the plan's call.
-
-        Raises:
-            TypeError, IndexError: no number of a row, or there is no such row.
-        """
-        try:
-            row = operator.index(row)
-        except TypeError:
-            raise TypeError(
-                f"row must be an integer, the timestep's place in the trajectory; got {row!r}"
-            ) from None
-        if not 0 <= row < len(self):
-            raise IndexError(f"row must lie in 0 … {len(self) - 1}; got {row}")
-        prepared = self._prepared
-        _check_keywords(kwargs, prepared)
-        with torch.no_grad(), prepared.context():
-            x, labels = prepared.inputs(x, class_labels)
-            return prepared(x, self._rows(row, labels, x.shape[0]))
-
-    def reserve(self, shape: Sequence[int]) -> None:
-        """Takes the memory that steps of images [N, C, H, W] need, which the first would take.
-
-        Raises:
-            ValueError: a shape that the model cannot take.
-            MemoryError: there is not enough.
-        """
-        with torch.no_grad(), self._prepared.context():
-            self._prepared.reserve(shape)
-
-    def of_row(self, x: Tensor, row: int, **kwargs: Any) -> Tensor:
-        """:meth:`step` in the order of a model's arguments, the row in place of the timestep."""
-        return self.step(row, x, **kwargs)
-
-    def _rows(self, row: int, labels: Labels, count: int) -> Sequence[Tensor]:
-        time = self._prepared.time
-        if not time.joined:
-            return time(self._timesteps[row].expand(count), labels)
-        if self._table is None:
-            self._table = time.table(self._timesteps)
-        return self._table.step(row, labels)
-
-
-def _check_keywords(kwargs: dict[str, Any], prepared: Prepared) -> None:
-    for name in kwargs:
-        if name != "return_dict" or not prepared.takes_return_dict:
-            raise TypeError(f"the plan got an unexpected keyword argument {name!r}")

@@ -86,12 +86,12 @@ class Prepared:
         Raises:
             TypeError, ValueError: what the UNet cannot take, or of another device.
         """
-        _check_tensor("x", x, self.device)
+        check_tensor("x", x, self.device)
         if not x.is_floating_point():
             raise TypeError(f"x must be floating point; got {x.dtype}")
         check_images(self.config, x)
         if labels is not None and self.config.num_classes is not None:
-            _check_tensor("class_labels", labels, self.device)
+            check_tensor("class_labels", labels, self.device)
             if labels.dtype not in (torch.int64, torch.int32):
                 raise TypeError(f"class_labels must be int64; got {labels.dtype}")
             if labels.ndim != 1 or labels.shape[0] not in (1, x.shape[0]):
@@ -100,6 +100,16 @@ class Prepared:
                 )
         check_labels(self.config, labels)
         return x.to(self.dtype), self.config.num_classes if labels is None else labels
+
+    def check_keywords(self, kwargs: dict[str, Any]) -> None:
+        """Of a call, beside the arguments that a plan knows.
+
+        Raises:
+            TypeError: one that its model does not take.
+        """
+        for name in kwargs:
+            if name != "return_dict" or not self.takes_return_dict:
+                raise TypeError(f"the plan got an unexpected keyword argument {name!r}")
 
     def timesteps(self, t: Tensor | float, count: int) -> Tensor:
         """[N] or [1], on the plan's device."""
@@ -175,7 +185,12 @@ def _has_kernels(device: torch.device) -> bool:
         return False
 
 
-def _check_tensor(name: str, tensor: object, device: torch.device) -> None:
+def check_tensor(name: str, tensor: object, device: torch.device) -> None:
+    """An argument of a plan that lies where it does.
+
+    Raises:
+        TypeError, ValueError: it is no tensor, or lies elsewhere.
+    """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor; got {type(tensor).__name__}")
     if tensor.device != device:
