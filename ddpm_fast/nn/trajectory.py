@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,12 @@ class Trajectory:
     def device(self) -> torch.device:
         """Where images lie."""
         return self._prepared.device
+
+    @property
+    def family(self) -> Hashable:
+        """One object for all trajectories whose samples :func:`mixed_step` takes together: those of
+        one plan, of the same weights."""
+        return self._prepared
 
     def step(
         self, row: int | Tensor, x: Tensor, class_labels: Tensor | None = None, **kwargs: Any
