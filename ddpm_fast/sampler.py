@@ -7,6 +7,7 @@ al. 2022, section 2.3).
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -264,6 +265,20 @@ class Sampler:
         from .session import Session
 
         return Session(self, shape, max_batch, max_waiting)
+
+    def _as_it_is(self) -> Sampler:
+        """For a session: what is changed later is not its."""
+        scale = self.guidance_scale
+        if isinstance(scale, Tensor):
+            if scale.ndim:
+                raise ValueError(
+                    "guidance_scale must be a number in a session, where submit takes one for each "
+                    f"sample; got a tensor {list(scale.shape)}"
+                )
+            scale = float(scale)
+        sampler = copy.copy(self)
+        sampler.guidance_scale = scale
+        return sampler
 
     def table_of(self, num_steps: int | None) -> StepTable:
         """The trajectory's table; with another number of steps, of the sampler's spacing."""

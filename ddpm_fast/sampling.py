@@ -142,7 +142,13 @@ class Run:
 def raise_if_nan(nan_step: Tensor, timesteps: list[int]) -> None:
     row = int(nan_step)
     if row != NO_NAN:
-        raise FloatingPointError(
-            f"the state turned NaN at step {row}, t = {timesteps[row]}: the output of the model "
-            "(or of denoised_fn) is NaN or infinite there"
-        )
+        raise nan_error(row, timesteps[row])
+
+
+def nan_error(row: int | None, t: int | None) -> FloatingPointError:
+    """At a step, or at one that is not known."""
+    where, there = (f" at step {row}, t = {t}", " there") if row is not None else ("", "")
+    return FloatingPointError(
+        f"the state turned NaN{where}: the output of the model (or of denoised_fn) is NaN or "
+        f"infinite{there}"
+    )

@@ -1,0 +1,127 @@
+"""The trajectories that a session's samples follow, joined in one table."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .engine import Trajectory
+from .step_table import StepTable, joined
+from .stepping import backend_of, checked_parameter, device_of, low_precision
+
+if TYPE_CHECKING:
+    from .sampler import Sampler
+
+_KEPT = 16  # trajectories that nobody follows at the moment
+
+
+class Lane:
+    """A trajectory of some number of steps.
+
+    Attributes:
+        timesteps: that its rows leave.
+        told: what the model is told at them.
+        plan: of the model at these; None: the model itself is called.
+        offset: where its rows begin in the joined table.
+    """
+
+    def __init__(self, table: StepTable, sampler: Sampler, shape: Sequence[int]) -> None:
+        self.table = table
+        self.timesteps: list[int] = table.timesteps.tolist()
+        told = sampler.model_timesteps
+        self.told = self.timesteps if told is None else told[self.timesteps].tolist()
+        with backend_of(sampler):
+            self.plan: Trajectory | None = sampler._planner.trajectory(
+                sampler.model, self.told, shape
+            )
+        self.offset, self.followers = 0, 0
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    @property
+    def family(self) -> Hashable:
+        """Of the lanes whose samples may share a call: of one model as it was at one time."""
+        return None if self.plan is None else self.plan.family
+
+
+class Lanes:
+    """Makes lanes as they are asked for, and keeps those in use and a few more.
+
+    Args:
+        sampler: whose model and methods they are of.
+        shape: [N, C, …] of the largest batch.
+
+    Attributes:
+        table: the joined one, on ``device``; another object whenever it changes.
+        told: what the model is told at its rows, int64 or float32, on ``device``.
+    """
+
+    def __init__(self, sampler: Sampler, shape: Sequence[int]) -> None:
+        self._sampler, self._shape = sampler, list(shape)
+        parameter = checked_parameter(sampler.model, stacklevel=5)
+        self._lanes: dict[int | None, Lane] = {}
+        self._lengths: dict[int | None, int] = {}
+        lane = self._lane(None)
+        lies = parameter if lane.plan is None else lane.plan
+        self.device, self.low_precision = device_of(sampler, lies), low_precision(lies)
+        self._join()
+
+    def length(self, num_steps: int | None) -> int:
+        """Of the trajectory of so many steps; from any thread.
+
+        Raises:
+            ValueError: there is none.
+        """
+        found = self._lengths.get(num_steps)
+        if found is None:
+            found = self._lengths[num_steps] = len(self._sampler.table_of(num_steps))
+        return found
+
+    def take(self, num_steps: int | None) -> Lane:
+        """A lane for one more follower."""
+        if num_steps not in self._lanes:
+            lane = self._lane(num_steps)
+            self._forget()
+            self._join()
+        lane = self._lanes[num_steps] = self._lanes.pop(num_steps)  # the latest
+        lane.followers += 1
+        return lane
+
+    def give_back(self, lane: Lane) -> None:
+        lane.followers -= 1
+
+    def renew(self) -> None:
+        """Looks at the model's weights again, while nobody follows a lane."""
+        before = dict(self._lanes)
+        lane = self._lane(None)
+        if any(lane.family != other.family for other in before.values()):
+            self._lanes = {None: lane}  # of other weights: all are made anew
+        self._join()
+
+    def _lane(self, num_steps: int | None) -> Lane:
+        table = self._sampler.table_of(num_steps)
+        lane = self._lanes[num_steps] = Lane(table, self._sampler, self._shape)
+        return lane
+
+    def _forget(self) -> None:
+        """The idle ones that were used longest ago."""
+        idle = [number for number, lane in self._lanes.items() if not lane.followers]
+        for number in idle[: max(len(idle) - _KEPT, 0)]:
+            del self._lanes[number]
+
+    def _join(self) -> None:
+        offset = 0
+        told: list[float] = []
+        for lane in self._lanes.values():
+            lane.offset = offset
+            offset += len(lane)
+            told += lane.told
+        dtype = torch.int64
+        if self._sampler.model_timesteps is not None:
+            dtype = self._sampler.model_timesteps.dtype
+        self.told: Tensor = torch.tensor(told, dtype=dtype, device=self.device)
+        self.table = joined([lane.table for lane in self._lanes.values()]).to(self.device)

@@ -1,0 +1,48 @@
+"""What a thread inherits from the one that it works for: torch keeps it by thread."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+
+class Settings:
+    """The caller's context variables and autocast, and the device, for another thread's work.
+
+    Args:
+        device: of the work.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, kind = device, device.type
+        self._variables = contextvars.copy_context()
+        self._autocast: dict[str, Any] | None = None
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            self._autocast = {"device_type": kind, "dtype": torch.get_autocast_dtype(kind)}
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """No gradients; on a GPU, its default stream."""
+        for variable, value in self._variables.items():
+            variable.set(value)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            if self._autocast is not None:
+                stack.enter_context(torch.autocast(**self._autocast))
+            if self._device.type == "cuda":
+                stack.enter_context(torch.cuda.device(self._device))
+            yield
+
+    def event(self) -> Any:
+        """Behind which the caller's tensors are ready, where that is not the order of the default
+        stream."""
+        if self._device.type != "cuda":
+            return None
+        stream = torch.cuda.current_stream(self._device)
+        if stream == torch.cuda.default_stream(self._device):
+            return None
+        return stream.record_event()
