@@ -36,6 +36,15 @@ def write_bytes(path: Path, *parts: bytes | memoryview) -> None:
         partial.unlink(missing_ok=True)
 
 
+def sync_folder(folder: Path) -> None:
+    """What was renamed in it stays so if the power fails."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def save(directory: str | os.PathLike[str], model: nn.Module, config: Any) -> None:
     """Writes the weights, then the config. Each names the other: a pair that was not written
     together, because the second failed, does not load."""

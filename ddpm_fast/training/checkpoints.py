@@ -104,14 +104,14 @@ def write_checkpoint(checkpoints: Path, snapshot: Snapshot, keep: int = 0) -> Pa
         text = json.dumps(state, indent=2, ensure_ascii=False) + "\n"
         # A name that is no UTF-8 comes as surrogates, which JSON writes as \udcXX.
         weights.write_bytes(partial / STATE, text.encode(errors="backslashreplace"))
-        _sync(partial)
+        weights.sync_folder(partial)
         if final.exists():
             set_aside(final)
         os.rename(partial, final)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    _sync(checkpoints)
+    weights.sync_folder(checkpoints)
     point_latest(checkpoints, name)
     _prune(checkpoints, keep, name)
     return final
@@ -335,21 +335,13 @@ def _fingerprint(path: Path) -> Mapping[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def point_latest(checkpoints: Path, name: str) -> None:
     """Leads `latest` to a checkpoint, in one step."""
     link = checkpoints / f".{LATEST}.partial"
     link.unlink(missing_ok=True)
     os.symlink(name, link)
     os.replace(link, checkpoints / LATEST)
-    _sync(checkpoints)
+    weights.sync_folder(checkpoints)
 
 
 def _prune(checkpoints: Path, keep: int, written: str) -> None:
