@@ -17,10 +17,9 @@ if TYPE_CHECKING:
 # Images that go through the network together: their activations stay in a shared cache, and the
 # weights are read often enough. A sample's bits do not depend on it.
 _IMAGES = 8
-# Sizes of images whose memory is kept. The programs for any number of images of a size share one, so
-# that batches may come in all sizes: those for 1 to 8 images of the CIFAR-10 network hold 168 MB (104
-# of it shared, the rest their norms' moments), with memory of their own it would be 533. Each is
-# recorded once, in 1 to 3 ms.
+# Sizes of images whose memory is kept. The programs for any number of images of a size share one,
+# so that batches may come in all sizes: those of the CIFAR-10 network for 1 to 8 images hold 168 MB
+# (104 of it shared), and 533 if each had its own. Recording one takes 1 to 3 ms.
 _PROGRAMS = 4
 
 

@@ -108,7 +108,7 @@ class TimeRows:
             labels: [N] or [1], one for all samples, or None without classes.
         """
         together = places.count(places[0]) == len(places)
-        if isinstance(labels, Tensor) and labels.device.type != "cpu":
+        if isinstance(labels, Tensor) and not on_host(labels):
             lines = [table.embedding(index) for table, index in places[: 1 if together else None]]
             return self.split(self.line(torch.cat(lines), labels))
         if isinstance(labels, Tensor):
@@ -207,6 +207,7 @@ class TimeTable:
     """
 
     def __init__(self, rows: TimeRows, emb: Tensor) -> None:
+        _check_not_captured(emb)
         self._rows, self._emb = rows, emb  # [S, width]
         self.steps = STEPS if rows.classes is None else STEPS_OF_A_CLASS  # of a part
         self.kept: dict[tuple[int | None, int], _Part] = {}  # by the class and the first step
@@ -218,7 +219,7 @@ class TimeTable:
         """The rows of a step; labels [N] or [1], one for all samples, or None without classes."""
         if not isinstance(labels, Tensor):
             return self._rows.split(self._read(index, labels))
-        if labels.device.type != "cpu":
+        if not on_host(labels):
             return self._rows.split(self._rows.line(self.embedding(index), labels))
         distinct, place = labels.unique(return_inverse=True)
         lines = [self._read(index, label) for label in distinct.tolist()]
@@ -229,7 +230,7 @@ class TimeTable:
         it; of those outside of the trajectory, its first's or last's.
 
         Raises:
-            RuntimeError: they would have to be made during the capture of a CUDA graph.
+            RuntimeError: no call made the table before a CUDA graph is captured.
         """
         index = index.clamp(0, self._emb.shape[0] - 1)
         if isinstance(labels, Tensor):
@@ -237,11 +238,6 @@ class TimeTable:
             return self._rows.split(self._rows.line(emb, labels))
         whole = self._whole.get(labels)
         if whole is None:
-            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-                raise RuntimeError(
-                    "a trajectory's step was captured before it was called once with its row on "
-                    "the device: that call makes the table that steps read"
-                )
             starts = range(0, self._emb.shape[0], self.steps)
             whole = torch.cat([self.part(labels, start) for start in starts])
             self._whole[labels] = whole
@@ -254,9 +250,11 @@ class TimeTable:
     def part(self, label: int | None, start: int) -> Tensor:
         """The lines of a class from one step on, always of as many steps: by their number the
         product rounds."""
-        end = start + self.steps
-        whole = self._whole.get(label)
-        return self._rows.line(self._emb[start:end], label) if whole is None else whole[start:end]
+        whole, steps = self._whole.get(label), slice(start, start + self.steps)
+        if whole is not None:
+            return whole[steps]
+        _check_not_captured(self._emb)
+        return self._rows.line(self._emb[steps], label)
 
     def _read(self, index: int, label: int | None) -> Tensor:
         """The line [1, all channels] of a step and a class."""
@@ -271,7 +269,25 @@ def _shared(t: Tensor) -> bool:
     """Whether all timesteps are one, as far as that can be seen without waiting for a device."""
     if t.shape[0] <= 1 or t.stride(0) == 0:
         return True
-    return t.device.type == "cpu" and bool((t == t[0]).all())
+    return on_host(t) and bool((t == t[0]).all())
+
+
+def on_host(tensor: Tensor) -> bool:
+    """Whether its values can be looked at without waiting for a device."""
+    return tensor.device.type == "cpu"
+
+
+def _check_not_captured(emb: Tensor) -> None:
+    """Whether a table can be made, to be kept: in a CUDA graph it would be one of the graph's.
+
+    Raises:
+        RuntimeError: it cannot.
+    """
+    if emb.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a trajectory's step cannot be captured in a CUDA graph before the table that it reads "
+            "is made: call it once, with row a tensor on the device and labels of the same kind"
+        )
 
 
 def _linear(module: torch.nn.Module) -> tuple[Tensor, Tensor]:

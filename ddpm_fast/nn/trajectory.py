@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .prepared import Labels, Prepared, check_tensor
-from .time_table import TimeTable
+from .time_table import TimeTable, on_host
 
 
 class Trajectory:
@@ -101,7 +101,7 @@ class Trajectory:
         if row.ndim > 1 or row.numel() not in (1, count):
             raise ValueError(f"row must be 0-d or have shape [{count}]; got {list(row.shape)}")
         row = row.reshape(-1)
-        if self.device.type != "cpu":
+        if not on_host(row):
             if not len(self):
                 raise IndexError("row must lie in a trajectory, and this one has no timesteps")
             if self._prepared.time.joined:
