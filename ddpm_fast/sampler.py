@@ -7,8 +7,10 @@ al. 2022, section 2.3).
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +23,7 @@ from .model import Model
 from .ops.reverse_step import check_clip
 from .planning import Planner
 from .progress import bar
+from .resuming import Keeper
 from .sampling import Run, SampleStep
 from .schedule import (
     EpsSource,
@@ -193,6 +196,8 @@ class Sampler:
         uncond_kwargs: Mapping[str, Any] | None = None,
         progress: bool = False,
         callback: Callable[[SampleStep], None] | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        checkpoint_every: int = 100,
     ) -> Tensor:
         """Runs the trajectory and returns the samples.
 
@@ -208,22 +213,38 @@ class Sampler:
             uncond_kwargs: of the unconditional call, where there is a guidance scale.
             progress: show a bar (needs tqdm).
             callback: called with a SampleStep after each step; it may change ``x`` in place.
+            checkpoint: the folder of this call's state, docs/resuming.md. A call that was
+                interrupted is made again, in another process, and goes on from there, to the bits
+                of one that was not; once it is done, its result is read from there. What cannot be
+                compared must be the same: ``denoised_fn``, a ``callback`` that changes x, a model
+                that is no module. A callback sees the steps that are taken in its process.
+            checkpoint_every: steps from one save to the next. An exception, Ctrl-C's too, saves
+                the state after the last step.
 
         Returns:
             float32 [N, C, …] on the sampler's device.
 
         Raises:
             TypeError, ValueError: an argument out of its range; a model output of another shape or
-                dtype, named with its step.
+                dtype, named with its step; a checkpoint of another call, named with what differs,
+                or of something else.
+            InUseError, OSError: the checkpoint's folder is another process's, or cannot be written.
             FloatingPointError: the state turned NaN, named with the step at which it did.
         """
         run = Run(self, shape, seed, sample_ids, x_T, start, model_kwargs, uncond_kwargs)
-        x = run.x
-        with bar(progress, len(run.rows), "sampling", unit="step") as shown:
+        count = len(run.rows)
+        keeping: contextlib.AbstractContextManager[Keeper | None] = contextlib.nullcontext()
+        if checkpoint is not None:
+            keeping = Keeper(checkpoint, checkpoint_every, run, given=x_T is not None)
+        with keeping as keeper, bar(progress, count, "sampling", unit="step") as shown:
+            shown.initial = shown.n = 0 if keeper is None else keeper.taken
+            x = run.x
             for step in run.steps(every_state=callback is not None):
                 x = step.x
                 if callback is not None:
                     callback(step)
+                if keeper is not None:
+                    keeper.after(step.step + 1, x)
                 shown.update()
         return x
 

@@ -1,0 +1,206 @@
+"""A call of Sampler.sample whose state is kept in a folder, for another process to go on from."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Mapping
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from .backends import select
+from .fingerprints import model_texts, tensor_text, value_text
+from .ops.checks import is_channels_last, laid_out
+from .sampling import Run
+from .schedule import integer
+from .states import StateFolder
+from .stepping import backend_of
+
+KIND = "sample"
+_Call = dict[str, str]
+
+
+class Keeper:
+    """Saves the states of a trajectory, and sets it to the state that was saved.
+
+    While entered, it holds the folder; tell it of each step by :meth:`after`. It keeps a copy of
+    the last state: one that an exception leaves half changed is not saved.
+
+    Args:
+        folder: of the call's state, made where it does not exist.
+        every: steps from one save to the next.
+        run: the call, before its first step. Where the folder holds a state of the same call, ``x``
+            and ``rows`` are set to it.
+        given: whether its x_T was given.
+
+    Attributes:
+        taken: steps that were taken before.
+
+    Raises:
+        TypeError: an argument of the model's that cannot be told from another in another process.
+        ValueError: the folder holds the state of another call, and in what they differ, or
+            something else.
+        InUseError: another process goes on from it.
+        OSError: it cannot be written to.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], every: int, run: Run, given: bool) -> None:
+        if not isinstance(folder, (str, os.PathLike)):
+            raise TypeError(f"checkpoint must be the path of a folder; got {folder!r}")
+        self._every = integer("checkpoint_every", every)
+        if self._every < 1:
+            raise ValueError(f"checkpoint_every must be at least 1; got {every}")
+        self._states, self._run, self._call = StateFolder(folder, KIND), run, call_of(run, given)
+        self._rows = run.rows
+        self._kept: tuple[int, Tensor] | None = None  # the next row and its state
+        self._saved = -1  # the row of the state in the folder
+        self._writing = False
+        self.taken = 0
+
+    def __enter__(self) -> Keeper:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._states)
+            self._take_up()
+            self.taken = len(self._rows) - len(self._run.rows)
+            if self._run.rows:  # now, not after many steps, is to be told what cannot be written
+                self._write(self._run.rows.start, self._run.x)
+            stack.pop_all()
+        return self
+
+    def _take_up(self) -> None:
+        found = self._states.read()
+        if found is None:
+            return
+        description, tensors = found
+        self._check(description["call"])
+        x = self._run.x
+        channels_last = is_channels_last(x) and not x.is_contiguous()
+        self._run.x = laid_out(tensors["x"], channels_last).to(x.device)
+        self._saved = description["row"]
+        self._run.rows = range(self._saved, self._rows.stop)
+
+    def _check(self, call: Mapping[str, str]) -> None:
+        differences = [
+            f"{name} is {_shown(call.get(name))} there and {_shown(self._call.get(name))} here"
+            for name in {**self._call, **call}
+            if call.get(name) != self._call.get(name)
+        ]
+        if differences:
+            raise ValueError(
+                f"checkpoint: {self._states.path} holds the state of another call: "
+                f"{'; '.join(differences)}; take another folder, or delete this one"
+            )
+
+    def after(self, row: int, x: Tensor) -> None:
+        """A step was taken: x is the state that ``row`` is the next of."""
+        self._kept = row, x.clone()  # at once: an interrupt comes before or after
+        if row % self._every == 0 and row < self._rows.stop:
+            self._save()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            if error is None:
+                self._save()
+            elif not (self._writing and isinstance(error, Exception)):
+                self._save_in_spite_of_an_error()
+        finally:
+            self._states.__exit__(kind, error, traceback)
+
+    def _save(self) -> None:
+        """The last state that is there, unless it is saved."""
+        if self._kept is not None and self._kept[0] != self._saved:
+            self._write(*self._kept)
+
+    def _save_in_spite_of_an_error(self) -> None:
+        """Nothing that goes wrong, a second Ctrl-C included, takes the place of the error."""
+        try:
+            self._save()
+        except BaseException as second:
+            with contextlib.suppress(Warning):
+                warnings.warn(
+                    f"the state could not be saved in {self._states.path}, which holds that before "
+                    f"step {self._saved}: {second!r}",
+                    stacklevel=4,
+                )
+
+    def _write(self, row: int, x: Tensor) -> None:
+        if bool(x.isnan().any()):  # on a GPU the loop tells of it at its end
+            return
+        self._writing = True
+        self._states.write({"row": row, "call": self._call}, {"x": x})
+        self._saved, self._writing = row, False
+
+
+def call_of(run: Run, given: bool) -> _Call:
+    """All that the bits of a call's result depend on, as far as it has a value, by name."""
+    sampler, table, x = run.sampler, run.sampler.table, run.x
+    steps, clip, scale = table.timesteps, sampler.clip, sampler.guidance_scale
+    with backend_of(sampler):
+        backend = select(x.device)
+    call = {
+        "shape": str(list(x.shape)),
+        "seed": _number_or_tensor(run.seed, "seed"),
+        "sample_ids": value_text(run.sample_ids, "sample_ids"),
+        "x_T": f"{tensor_text(x, 'x_T')}{_layout(x)}" if given else "None",
+        "start": str(run.rows.start),
+        "prediction": table.prediction,
+        "variance": table.variance,
+        "method": table.method,
+        "the steps' timesteps": f"{int(steps[0])} … {int(steps[-1])}, {tensor_text(steps, '')}",
+        "the steps' coefficients": tensor_text(table.rows, ""),  # schedule, eta, eps_source
+        "clip": "None" if clip is None else str((float(clip[0]), float(clip[1]))),
+        "dynamic_threshold": _number_or_tensor(sampler.dynamic_threshold, ""),
+        "guidance_scale": _number_or_tensor(scale, ""),
+        "denoised_fn": "None" if sampler.denoised_fn is None else "a function",
+        "model_timesteps": value_text(sampler.model_timesteps, ""),
+        **model_texts(sampler.model),
+        "the model's dtype": str(run.low_precision or torch.float32),
+        "plan": _plan(run),
+        "device": x.device.type,
+        "backend": backend,
+        "autocast": _autocast(x.device.type),
+    }
+    for name, kwargs in (("model_kwargs", run.model_kwargs), ("uncond_kwargs", run.uncond_kwargs)):
+        for key, value in (kwargs or {}).items():
+            call[f"{name}[{key!r}]"] = value_text(value, f"{name}[{key!r}]")
+    return call
+
+
+def _number_or_tensor(value: float | Tensor | None, where: str) -> str:
+    if value is None or isinstance(value, Tensor):
+        return value_text(value, where)
+    return str(int(value) if where == "seed" else float(value))
+
+
+def _layout(x: Tensor) -> str:
+    """Sums over channels depend on it."""
+    return "" if x.is_contiguous() else ", channels_last"
+
+
+def _plan(run: Run) -> str:
+    if run.plan is None:
+        return "none"
+    prepared = run.plan._prepared
+    return f"{', '.join(sorted(prepared.rewrites)) or 'no rewrites'} in {prepared.dtype}"
+
+
+def _autocast(device: str) -> str:
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return "off"
+    return str(torch.get_autocast_dtype(device))
+
+
+def _shown(text: str | None) -> str:
+    """Of digests no more than what tells them apart."""
+    if text is None:
+        return "absent"
+    head, mark, digest = text.rpartition("SHA-256 ")
+    return f"{head}{mark}{digest[:12]}{digest[64:]}" if mark else text
