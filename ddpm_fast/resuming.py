@@ -5,22 +5,21 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Mapping
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
 from .backends import select
-from .fingerprints import model_texts, tensor_text, value_text
+from .fingerprints import tensor_text, value_text
 from .ops.checks import is_channels_last, laid_out
+from .sample_state import check_same, described
 from .sampling import Run
 from .schedule import integer
 from .states import StateFolder
 from .stepping import backend_of
 
 KIND = "sample"
-_Call = dict[str, str]
 
 
 class Keeper:
@@ -75,24 +74,12 @@ class Keeper:
         if found is None:
             return
         description, tensors = found
-        self._check(description["call"])
+        check_same(self._states.path, description["call"], self._call)
         x = self._run.x
         channels_last = is_channels_last(x) and not x.is_contiguous()
         self._run.x = laid_out(tensors["x"], channels_last).to(x.device)
         self._saved = description["row"]
         self._run.rows = range(self._saved, self._rows.stop)
-
-    def _check(self, call: Mapping[str, str]) -> None:
-        differences = [
-            f"{name} is {_shown(call.get(name))} there and {_shown(self._call.get(name))} here"
-            for name in {**self._call, **call}
-            if call.get(name) != self._call.get(name)
-        ]
-        if differences:
-            raise ValueError(
-                f"checkpoint: {self._states.path} holds the state of another call: "
-                f"{'; '.join(differences)}; take another folder, or delete this one"
-            )
 
     def after(self, row: int, x: Tensor) -> None:
         """A step was taken: x is the state that ``row`` is the next of."""
@@ -139,45 +126,29 @@ class Keeper:
         self._saved, self._writing = row, False
 
 
-def call_of(run: Run, given: bool) -> _Call:
+def call_of(run: Run, given: bool) -> dict[str, str]:
     """All that the bits of a call's result depend on, as far as it has a value, by name."""
-    sampler, table, x = run.sampler, run.sampler.table, run.x
-    steps, clip, scale = table.timesteps, sampler.clip, sampler.guidance_scale
-    with backend_of(sampler):
+    x = run.x
+    with backend_of(run.sampler):
         backend = select(x.device)
+    seed = run.seed
     call = {
         "shape": str(list(x.shape)),
-        "seed": _number_or_tensor(run.seed, "seed"),
+        "seed": value_text(seed, "seed") if isinstance(seed, Tensor) else str(int(seed)),
         "sample_ids": value_text(run.sample_ids, "sample_ids"),
         "x_T": f"{tensor_text(x, 'x_T')}{_layout(x)}" if given else "None",
         "start": str(run.rows.start),
-        "prediction": table.prediction,
-        "variance": table.variance,
-        "method": table.method,
-        "the steps' timesteps": f"{int(steps[0])} … {int(steps[-1])}, {tensor_text(steps, '')}",
-        "the steps' coefficients": tensor_text(table.rows, ""),  # schedule, eta, eps_source
-        "clip": "None" if clip is None else str((float(clip[0]), float(clip[1]))),
-        "dynamic_threshold": _number_or_tensor(sampler.dynamic_threshold, ""),
-        "guidance_scale": _number_or_tensor(scale, ""),
-        "denoised_fn": "None" if sampler.denoised_fn is None else "a function",
-        "model_timesteps": value_text(sampler.model_timesteps, ""),
-        **model_texts(sampler.model),
+        **described(run.sampler),
         "the model's dtype": str(run.low_precision or torch.float32),
-        "plan": _plan(run),
-        "device": x.device.type,
-        "backend": backend,
+        "the plan": _plan(run),
+        "the device": x.device.type,
+        "the backend": backend,
         "autocast": _autocast(x.device.type),
     }
     for name, kwargs in (("model_kwargs", run.model_kwargs), ("uncond_kwargs", run.uncond_kwargs)):
         for key, value in (kwargs or {}).items():
             call[f"{name}[{key!r}]"] = value_text(value, f"{name}[{key!r}]")
     return call
-
-
-def _number_or_tensor(value: float | Tensor | None, where: str) -> str:
-    if value is None or isinstance(value, Tensor):
-        return value_text(value, where)
-    return str(int(value) if where == "seed" else float(value))
 
 
 def _layout(x: Tensor) -> str:
@@ -196,11 +167,3 @@ def _autocast(device: str) -> str:
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return "off"
     return str(torch.get_autocast_dtype(device))
-
-
-def _shown(text: str | None) -> str:
-    """Of digests no more than what tells them apart."""
-    if text is None:
-        return "absent"
-    head, mark, digest = text.rpartition("SHA-256 ")
-    return f"{head}{mark}{digest[:12]}{digest[64:]}" if mark else text
