@@ -111,12 +111,10 @@ class TimeRows:
         if isinstance(labels, Tensor) and not on_host(labels):
             lines = [table.embedding(index) for table, index in places[: 1 if together else None]]
             return self.split(self.line(torch.cat(lines), labels))
-        if isinstance(labels, Tensor):
-            told = labels.tolist()
-            told *= len(places) // len(told)
-        else:
+        told = labels.tolist() if isinstance(labels, Tensor) else [labels]
+        if len(told) == 1:  # all of one label share a line, as without a mixture
             places = places[:1] if together else places
-            told = [labels] * len(places)
+            told *= len(places)
         lines = self._lines(places, told)
         return self.split(lines[0] if len(lines) == 1 else torch.cat(lines))
 

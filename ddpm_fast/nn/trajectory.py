@@ -111,6 +111,8 @@ class Trajectory:
         numbers = [self._number(number) for number in row.tolist()]
         if len(numbers) == 1:
             return self._rows(numbers[0], labels, count)
+        if not numbers:
+            return []  # no images
         return _mixed_rows(self._prepared, [(self, number) for number in numbers], labels)
 
     def _number(self, row: int) -> int:
