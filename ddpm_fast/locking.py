@@ -4,24 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import weakref
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
-_held: set[int] = set()
 _Lock = TypeVar("_Lock", bound="FileLock")
-
-
-def _release_in_child() -> None:
-    # A worker that outlives its parent must not hold the parent's lock.
-    for descriptor in _held:
-        with contextlib.suppress(OSError):
-            os.close(descriptor)
-    _held.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_release_in_child)
 
 
 class InUseError(RuntimeError):
@@ -32,7 +20,7 @@ class FileLock:
     """An exclusive flock of a file, which names the process that holds it.
 
     The kernel lets it go when the process ends, however it ends: no lock is ever stale. Child
-    processes do not share it.
+    processes do not share it. An object that is lost lets it go, too.
 
     Raises:
         InUseError: it is held already, by another process or in this one.
@@ -48,34 +36,35 @@ class FileLock:
                 "folders are locked by flock, which this system does not have"
             ) from None
         self._flock, self._unlock, self._path = fcntl.flock, fcntl.LOCK_UN, path
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        # Not a number, which an interrupt could lose
+        self._file = open(path, "a+b", buffering=0)  # noqa: SIM115
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = os.read(self._descriptor, 64).decode(errors="replace").strip()
-            os.close(self._descriptor)
+            self._file.seek(0)
+            holder = (self._file.read(64) or b"").decode(errors="replace").strip()
+            self._file.close()
             pid = f" (pid {holder})" if holder else ""
             raise InUseError(f"{path.parent} is in use by another process{pid}") from None
         except OSError as error:
-            os.close(self._descriptor)
+            self._file.close()
             raise OSError(error.errno, f"cannot lock: {error.strerror}", str(path)) from error
-        _held.add(self._descriptor)
+        _held.add(self)
         with contextlib.suppress(OSError):  # on a full disk the lock holds without a name
-            os.ftruncate(self._descriptor, 0)
-            os.write(self._descriptor, f"{os.getpid()}\n".encode())
+            self._file.truncate(0)
+            self._file.write(f"{os.getpid()}\n".encode())
 
     def is_of_its_path(self) -> bool:
         """Whether the file that is locked is the one that others would find."""
         try:
-            return os.path.samestat(os.fstat(self._descriptor), os.stat(self._path))
+            return os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._path))
         except FileNotFoundError:
             return False
 
     def release(self) -> None:
-        if self._descriptor in _held:
-            _held.remove(self._descriptor)
-            self._flock(self._descriptor, self._unlock)
-            os.close(self._descriptor)
+        if not self._file.closed:
+            self._flock(self._file, self._unlock)
+            self._file.close()
 
     def __enter__(self: _Lock) -> _Lock:
         return self
@@ -87,3 +76,18 @@ class FileLock:
         traceback: TracebackType | None,
     ) -> None:
         self.release()
+
+
+_held: weakref.WeakSet[FileLock] = weakref.WeakSet()
+
+
+def _release_in_child() -> None:
+    # A worker that outlives its parent must not hold the parent's lock.
+    for lock in _held:
+        with contextlib.suppress(OSError):
+            lock._file.close()
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_release_in_child)

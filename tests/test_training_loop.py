@@ -266,7 +266,7 @@ def test_the_lock_is_the_process_alone(tmp_path):
         os.write(writing, b"x")
         signal.pause()
     os.read(reading, 1)
-    os.close(lock._descriptor)  # as the kernel does when the process is killed
+    lock._file.close()  # as the kernel does when the process is killed
     try:
         with RunLock(tmp_path / "lock"):
             pass
