@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .backends import Backend, require
 from .engine import Plan
+from .graph import Graphs
 from .model import Model
 from .ops.reverse_step import check_clip
 from .planning import Planner
@@ -149,6 +150,7 @@ class Sampler:
         self.backend = backend
         self.graph = graph
         self._planner = Planner(plan, plan_dtype, model)
+        self._graphs = Graphs()
 
     @classmethod
     def from_pipeline(
@@ -239,7 +241,7 @@ class Sampler:
         with keeping as keeper, bar(progress, count, "sampling", unit="step") as shown:
             shown.initial = shown.n = 0 if keeper is None else keeper.taken
             x = run.x
-            for step in run.steps(every_state=callback is not None):
+            for step in run.steps(every_state=callback is not None, paced=progress):
                 x = step.x
                 if callback is not None:
                     callback(step)

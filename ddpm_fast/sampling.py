@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from .ops.checks import check_ids_on_host, dense, noise_address
 from .ops.randn import randn
+from .recorder import Pace
 from .schedule import integer
 from .stepping import NO_NAN, Stepper, backend_of, checked_parameter, device_of, low_precision
 
@@ -37,7 +39,11 @@ class SampleStep:
 
 
 class Run:
-    """One trajectory: its checked arguments and its state."""
+    """One trajectory: its checked arguments and its state.
+
+    Attributes:
+        x, row: the state that a captured step goes on from, and the next row.
+    """
 
     def __init__(
         self,
@@ -82,6 +88,7 @@ class Run:
         self.seed = seed if seeds is None else seeds
         self.sample_ids = ids
         self.rows = range(first, len(sampler))
+        self.row = first
         self.table = sampler.table.to(device)
         self.stepper = Stepper(sampler, self.table)
         self.model_kwargs = dict(model_kwargs or {})
@@ -99,18 +106,34 @@ class Run:
             self.x, _ = dense(x_T.detach().to(torch.float32, copy=True))
 
     @torch.no_grad()
-    def steps(self, every_state: bool) -> Iterator[SampleStep]:
-        """Takes the steps. ``every_state``: each yields tensors of its own, with x̂₀."""
-        x = x0 = self.x
-        nan_step = torch.full((1,), NO_NAN, dtype=torch.int32, device=x.device)
+    def steps(self, every_state: bool, paced: bool = False) -> Iterator[SampleStep]:
+        """Takes the steps, from a graph where there is one.
+
+        Args:
+            every_state: each yields tensors of its own, with x̂₀; else the last has the samples.
+            paced: none is yielded long before the device has taken it.
+        """
+        pace = Pace(self.x.device) if paced else None
+        self.model = self.sampler.model if self.plan is None else self.plan.of_row
+        self.nan_step = torch.full((1,), NO_NAN, dtype=torch.int32, device=self.x.device)
+        with self.sampler._graphs.of(self, every_state) as captured:
+            played = () if captured is None else captured.play(self)
+            for step in itertools.chain(played, self._one_by_one(every_state)):
+                if pace is not None:
+                    pace.step()
+                yield step
+        raise_if_nan(self.nan_step, self.timesteps)
+
+    def _one_by_one(self, every_state: bool) -> Iterator[SampleStep]:
+        """Without a graph, from ``row`` on."""
+        x, nan_step = self.x, self.nan_step
         lowp = None if self.low_precision is None else x.to(self.low_precision)
-        model = self.sampler.model if self.plan is None else self.plan.of_row
-        for row in self.rows:
+        for row in range(self.row, self.rows.stop):
             result = self.stepper(
                 x,
                 row,
-                model,
-                self._told(row),
+                self.model,
+                self.told(row),
                 seed=self.seed,
                 sample_ids=self.sample_ids,
                 kwargs=self.model_kwargs,
@@ -122,21 +145,23 @@ class Run:
                 nan_step=nan_step,
                 where=f"at step {row}, t = {self.timesteps[row]}",
             )
-            if isinstance(result, tuple):
-                x, x0 = result
+            x, x0 = result if isinstance(result, tuple) else (result, result)
             if x.device.type == "cpu":
                 raise_if_nan(nan_step, self.timesteps)
-            yield SampleStep(row, self.timesteps[row], x, x0)
+            yield self.state(row, x, x0)
             if every_state and lowp is not None:
                 lowp.copy_(x)  # whoever got the state may have changed it
-        raise_if_nan(nan_step, self.timesteps)
 
-    def _told(self, row: int) -> Any:
+    def told(self, row: int) -> Any:
         """What the model is given as t: the row itself, where it is a plan of the trajectory."""
         if self.plan is not None:
             return row
         told, count = self.model_timesteps[row], self.x.shape[0]
         return torch.full((count,), told, dtype=self.t_dtype, device=self.x.device)
+
+    def state(self, row: int, x: Tensor, x0: Tensor) -> SampleStep:
+        """What a step has left."""
+        return SampleStep(row, self.timesteps[row], x, x0)
 
 
 def raise_if_nan(nan_step: Tensor, timesteps: list[int]) -> None:

@@ -1,0 +1,201 @@
+"""What a captured step is made for: all that is baked into it, to be compared before it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .backends import chosen
+
+if TYPE_CHECKING:
+    from .sampling import Run
+
+# Whose equality is that of what a model makes of them, and which nobody changes in place
+_PLAIN = (
+    type(None),
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    torch.dtype,
+    torch.device,
+    torch.memory_format,
+    torch.layout,
+)
+
+
+class UnsuitedError(Exception):
+    """An argument that no captured step takes."""
+
+
+class Same:
+    """An object that equals itself alone, and lives as long as this."""
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+class Key(NamedTuple):
+    """
+    Attributes:
+        model: what is called; weights that were put in the place of others make another.
+        weights: where they lie.
+        rest: everything else.
+        opaque: whether something is called that can change without a trace here.
+    """
+
+    model: Hashable
+    weights: Hashable
+    rest: Hashable
+    opaque: bool
+
+
+def key_of(run: Run, every_state: bool, steps: int) -> Key:
+    """Of a trajectory whose next step is to be captured, ``steps`` a graph.
+
+    Raises:
+        UnsuitedError: an argument of the model's whose changes could not be seen.
+    """
+    sampler, x = run.sampler, run.x
+    module = getattr(sampler.model, "__self__", sampler.model)
+    weights = None
+    if run.plan is None and isinstance(module, nn.Module):
+        weights = _weights(module, x.device)
+    rest = (
+        (every_state, steps),
+        (x.shape, x.stride(), x.device, run.low_precision),
+        (Same(run.table), tuple(run.model_timesteps), run.t_dtype),
+        None if sampler.clip is None else tuple(sampler.clip),
+        (sampler.dynamic_threshold, Same(sampler.denoised_fn)),
+        _scale(sampler.guidance_scale, x),
+        frozen(run.model_kwargs, x.device, "model_kwargs"),
+        frozen(run.uncond_kwargs, x.device, "uncond_kwargs"),
+        chosen() if sampler.backend == "auto" else sampler.backend,
+        _modes(x.device.type),
+    )
+    model = Same(sampler.model if run.plan is None else run.plan.family)
+    return Key(model, weights, rest, run.plan is None or sampler.denoised_fn is not None)
+
+
+def frozen(value: object, device: torch.device, name: str) -> Hashable:
+    """What a step is captured for, of an argument: a tensor's form, the values of others.
+
+    Raises:
+        UnsuitedError: it may change unseen, or would make the host wait.
+    """
+    if isinstance(value, Tensor):
+        if type(value) not in (Tensor, nn.Parameter) or value.layout != torch.strided:
+            raise UnsuitedError(f"{name} is a tensor of a kind of its own, {type(value).__name__}")
+        form = (value.shape, value.stride(), value.dtype, value.device)
+        if value.device == device:
+            return form
+        if value.device.type == "cpu" and value.ndim == 0:
+            return (*form, frozen(value.item(), device, name))  # a number to all operations
+        raise UnsuitedError(f"{name} lies on {value.device}, and the states on {device}")
+    kind = type(value)
+    if isinstance(value, float):
+        return kind, value.hex()  # 0 and -0 are equal
+    if kind in _PLAIN:
+        return kind, value
+    if isinstance(value, dict) and kind is dict:
+        return kind, tuple(
+            (frozen(key, device, name), frozen(part, device, f"{name}[{key!r}]"))
+            for key, part in value.items()
+        )
+    if isinstance(value, (list, tuple)) and kind in (list, tuple):
+        return kind, tuple(frozen(part, device, f"{name}[{i}]") for i, part in enumerate(value))
+    raise UnsuitedError(f"{name} is of {kind.__qualname__}, which may change unseen")
+
+
+def tensors_of(value: object) -> Iterator[Tensor]:
+    """The tensors in an argument, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from tensors_of(part)
+
+
+def with_tensors(value: Any, tensors: Iterator[Tensor]) -> Any:
+    """An argument with others in the place of its tensors."""
+    if isinstance(value, Tensor):
+        return next(tensors)
+    if isinstance(value, dict):
+        return {key: with_tensors(part, tensors) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)([with_tensors(part, tensors) for part in value])
+    return value
+
+
+def _scale(scale: object, x: Tensor) -> Hashable:
+    """A number is written where the graph reads it, like a tensor."""
+    if scale is None:
+        return "none"
+    if isinstance(scale, Tensor):
+        if scale.device != x.device or scale.ndim > 1:
+            raise UnsuitedError(f"guidance_scale lies on {scale.device}, {list(scale.shape)}")
+        return scale.ndim
+    return 0
+
+
+def _weights(module: nn.Module, device: torch.device) -> Hashable:
+    """Where parameters and buffers lie: written to in place they are seen, put elsewhere not."""
+    places = []
+    for part in module.modules():
+        for held in (part._parameters, part._buffers):
+            for tensor in held.values():
+                if tensor is None:
+                    continue
+                if tensor.device != device and tensor.ndim:
+                    raise UnsuitedError(f"a weight lies on {tensor.device}, the states on {device}")
+                try:
+                    place = tensor.data_ptr()
+                except RuntimeError as error:
+                    raise UnsuitedError(f"a weight has no address: {error}") from None
+                places.append((place, tensor.shape, tensor.stride(), tensor.dtype))
+    return tuple(places)
+
+
+def _modes(kind: str) -> Hashable:
+    """How PyTorch is told to compute."""
+    backends = torch.backends
+    autocast: Hashable = None
+    if torch.amp.is_autocast_available(kind):
+        autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    told: list[Callable[[], Any]] = [
+        torch.get_default_dtype,
+        torch.are_deterministic_algorithms_enabled,
+        torch.get_float32_matmul_precision,
+        lambda: backends.cuda.matmul.allow_tf32,
+        lambda: backends.cuda.matmul.fp32_precision,
+        lambda: backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
+        lambda: backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+        lambda: (backends.cudnn.enabled, backends.cudnn.benchmark, backends.cudnn.deterministic),
+        lambda: backends.cudnn.allow_tf32,
+        lambda: backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
+        backends.cuda.flash_sdp_enabled,
+        backends.cuda.mem_efficient_sdp_enabled,
+        backends.cuda.math_sdp_enabled,
+        backends.cuda.cudnn_sdp_enabled,
+    ]
+    return autocast, tuple(map(_value, told))
+
+
+def _value(told: Callable[[], Any]) -> Hashable:
+    """PyTorch refuses to tell one setting where it was given in other words."""
+    try:
+        found: Hashable = told()
+    except (RuntimeError, AttributeError):
+        return None
+    return found

@@ -1,0 +1,198 @@
+"""Which trajectories of a Sampler are played from captured steps, and the steps that it keeps.
+
+Nothing but speed depends on it: what cannot be captured goes step by step, with one warning.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .capture_key import Key, Same, UnsuitedError, key_of
+from .captured import CapturedStep
+from .nn.memory import within_memory
+from .ops.checks import is_eager
+from .recorder import RECORDERS
+from .rehearsal import UncapturableError
+
+if TYPE_CHECKING:
+    from .sampling import Run
+
+# Each holds the memory of a step: shapes, with and without x̂₀, that alternate.
+KEPT = 4
+# A capture takes the time of some seven steps that are not captured, and a replay a tenth of one
+# where launches are what takes the time: trajectories of one kind get one when they come to more.
+WORTH = 16
+# Of a recording. More save the host a launch for each; not measured on a GPU yet.
+STEPS = 1
+# Of files whose lines are not who samples: ours, and what runs our generators.
+_PASSED = (str(Path(__file__).parent), str(Path(torch.__file__).parent), contextlib.__file__)
+
+# One capture at a time: PyTorch has one state of the random generators and of the memory for it.
+_capturing = threading.Lock()
+
+
+class Graphs:
+    """The captured steps of one sampler, used by any number of threads. Copies have none."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[Key, CapturedStep | None] = OrderedDict()  # None: no memory for it
+        self._steps: OrderedDict[int, int] = OrderedDict()  # that were asked for, by a key's hash
+        self._refused: list[Hashable] = []  # what cannot be captured
+        self._told: list[Hashable] = []  # of which that was said
+
+    @contextlib.contextmanager
+    def of(self, run: Run, every_state: bool) -> Iterator[CapturedStep | None]:
+        """The captured step that a trajectory can be played from, by nobody else meanwhile; None
+        where it goes step by step."""
+        found = self._find(run, every_state)
+        try:
+            yield found
+        finally:
+            if found is not None:
+                found.release()
+
+    def _find(self, run: Run, every_state: bool) -> CapturedStep | None:
+        kind = run.x.device.type
+        if run.sampler.graph == "off" or kind not in RECORDERS:
+            return None
+        if not run.x.numel() or not is_eager(run.x):
+            return None
+        part = _part(run)
+        try:
+            key = key_of(run, every_state, STEPS)
+        except UnsuitedError as error:
+            self._tell(part, f"its arguments cannot be captured: {error}")
+            return None
+        with self._lock:
+            if part in self._refused:
+                return None
+            # Of a model or weights that went there is nothing to come back to
+            for other in list(self._kept):
+                if (other.model, other.weights) != (key.model, key.weights):
+                    del self._kept[other]
+            if key in self._kept:
+                self._kept.move_to_end(key)
+            elif not self._is_worth(key, len(run.rows)):
+                return None
+            found = self._kept.get(key)
+            if key in self._kept and found is None:
+                return None
+        if found is not None:
+            if not found.lock.acquire(blocking=False):
+                return None  # a thread has it, or a stream that has not ended
+            if self._still_fits(found, run):
+                return found
+        return self._captured(run, key, every_state, part)
+
+    def _is_worth(self, key: Key, steps: int) -> bool:
+        asked = self._steps.pop(hash(key), 0) + steps
+        self._steps[hash(key)] = asked
+        if len(self._steps) > 16 * KEPT:
+            self._steps.popitem(last=False)
+        return asked >= WORTH
+
+    def _still_fits(self, found: CapturedStep, run: Run) -> bool:
+        """Whether the locked step is the trajectory's; else it is dropped."""
+        fits = False
+        try:
+            fits = found.fits(run)
+        finally:
+            if not fits:
+                found.release()
+                with self._lock:
+                    if self._kept.get(found.key) is found:
+                        del self._kept[found.key]
+        return fits
+
+    def _captured(
+        self, run: Run, key: Key, every_state: bool, part: Hashable
+    ) -> CapturedStep | None:
+        """One made for a trajectory, locked for it; None with a warning where that fails."""
+        if not _capturing.acquire(blocking=False):
+            return None
+        try:
+            with self._lock:
+                while len(self._kept) >= KEPT:  # first: more would need more memory
+                    self._kept.popitem(last=False)
+            found, why, for_good = _attempt(run, key, every_state)
+            if found is None and not for_good and self._kept:
+                with self._lock:
+                    self._kept.clear()
+                found, why, for_good = _attempt(run, key, every_state)
+        finally:
+            _capturing.release()
+        if found is not None:
+            found.lock.acquire()
+        with self._lock:
+            if for_good:
+                self._refused = [part]
+            else:
+                self._kept[key] = found
+        if why:
+            self._tell(part, why)
+        return found
+
+    def _tell(self, part: Hashable, why: str) -> None:
+        """Once for each model, to who samples."""
+        with self._lock:
+            if part in self._told:
+                return
+            self._told = [part]
+        warnings.warn(
+            f'sampling step by step, without a graph: {why}; graph="off" silences this',
+            stacklevel=_levels_to_caller(),
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Graphs, ()
+
+
+def _part(run: Run) -> Hashable:
+    """What is captured: the functions that a step calls."""
+    model = run.sampler.model if run.plan is None else run.plan.family
+    return Same(model), Same(run.sampler.denoised_fn)
+
+
+def _attempt(run: Run, key: Key, every_state: bool) -> tuple[CapturedStep | None, str, bool]:
+    """A captured step, or why there is none and whether none can be. Nothing of it is kept then."""
+    made: list[CapturedStep] = []
+
+    def make() -> None:
+        recorder = RECORDERS[run.x.device.type](run.x.device)
+        step = CapturedStep(run, key, every_state, STEPS, recorder)
+        step.warm_up(run)
+        made.append(step)
+        step.record(run)
+        step.compare(run)
+
+    try:
+        within_memory("a captured step", make)
+        return made[0], "", False
+    except UncapturableError as error:
+        why, for_good = f"the model's step cannot be captured: {error}", True
+    except MemoryError as error:
+        why, for_good = str(error), False
+    except Exception as error:
+        if not made:
+            raise  # of the model's, which comes without a capture, too
+        said = f"{type(error).__name__}: {error}".split("\n")[0]
+        why, for_good = f"the model's step cannot be captured: {said}", True
+    return None, why, for_good
+
+
+def _levels_to_caller() -> int:
+    """For a warning at the line outside of the package that led here."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PASSED):
+        level, frame = level + 1, frame.f_back
+    return level
