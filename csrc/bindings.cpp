@@ -78,6 +78,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("set_isa", &set_isa, py::arg("name"),
         "Uses another instruction set. Noise, steps and losses keep their bits; convolutions and "
         "attention are rounded otherwise where there is no fused multiply-add.");
+  m.def("release_threads", &cpu::release_threads, py::call_guard<py::gil_scoped_release>(),
+        "Ends the threads that OpenMP keeps for the calling one; whether it could.");
   m.def("range", &range);
   m.def("randn", on_cpu(randn_params, cpu::randn));
   m.def("add_noise", on_cpu(add_noise_params, cpu::add_noise));

@@ -13,7 +13,7 @@ import math
 import threading
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -23,13 +23,14 @@ from torch import Tensor
 from .inflight import Flight, Flyer, Landed
 from .ops.checks import as_int
 from .schedule import integer
-from .threads import Settings
+from .threads import Settings, release_threads
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
     from .sampler import Sampler
 
+_PAUSE_SECONDS = 0.05  # without work, after which OpenMP's threads, which spin, are not kept
 _IDLE_SECONDS = 5.0  # after which a thread without work ends; the next request starts another
 
 
@@ -54,7 +55,7 @@ class Handle(Future[Tensor]):
         self.seed, self.sample_id, self.num_steps = flyer.seed, flyer.sample_id, num_steps
         self._session: Session | None = session
         self._flyer = flyer
-        self._delivered = False
+        self._delivered = self._given_up = False  # it has an end, or is about to; by cancel
 
     @property
     def step(self) -> int:
@@ -62,13 +63,14 @@ class Handle(Future[Tensor]):
         return self._flyer.row
 
     def running(self) -> bool:
-        """Whether it is in the batch, or was until this moment."""
-        return self._flyer.row > 0 and not self.done()
+        """Whether it is in the batch."""
+        session = self._session
+        return session is not None and self in session._running
 
     def cancel(self) -> bool:
         """Gives the sample up, waiting or running; False if it is finished already."""
         session = self._session
-        return session._cancel(self) if session is not None else self.cancelled()
+        return session._cancel(self) if session is not None else self._given_up
 
     def result(self, timeout: float | None = None) -> Tensor:
         """The sample [C, …], float32 on the sampler's device; the same tensor at every call.
@@ -79,23 +81,36 @@ class Handle(Future[Tensor]):
             concurrent.futures.CancelledError: it was cancelled.
             TimeoutError: it is not there within ``timeout`` seconds.
             Exception: whatever the model raised for it.
+            RuntimeError: it is waited for in a callback of the session's, which goes on after it.
         """
+        self._about_to_wait(timeout)
         try:
-            return super().result(timeout)
-        finally:
-            self._collect()
+            sample = super().result(timeout)
+        except BaseException as error:
+            # A timeout or Ctrl-C has taken nothing, though it may have finished just now
+            if self.done() and not self.cancelled() and super().exception() is error:
+                self._collect()
+            raise
+        self._collect()
+        return sample
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """What :meth:`result` raises, or None."""
-        try:
-            return super().exception(timeout)
-        finally:
-            self._collect()
+        self._about_to_wait(timeout)
+        error = super().exception(timeout)
+        self._collect()
+        return error
+
+    def _about_to_wait(self, timeout: float | None) -> None:
+        if self.done():
+            return
+        if timeout is None and (session := self._session) is not None:
+            session._refuse_own_thread()
+        release_threads()
 
     def _collect(self) -> None:
-        session = self._session
-        if session is not None and self.done():
-            self._session = None
+        session, self._session = self._session, None
+        if session is not None:
             session._collected(self)
 
     def __await__(self) -> Generator[Any, None, Tensor]:
@@ -154,6 +169,7 @@ class Session:
         self._finished: dict[Handle, None] = {}
         self._dropped: list[Handle] = []
         self._iterators: deque[Future[Handle | None]] = deque()
+        self._ending = 0  # samples that are no longer running, and not handed out yet
         self._closed, self._stepping, self._pauses = False, False, 0
         self._thread: threading.Thread | None = None
         _SESSIONS.add(self)
@@ -219,7 +235,7 @@ class Session:
             if self._closed:
                 raise SessionClosed("the session is closed: it takes no more samples")
             # The batch takes them from those that wait at its next step
-            room = self.max_batch - len(self._running) + self.max_waiting
+            room = max(self.max_batch - len(self._running), 0) + self.max_waiting
             if bounded and len(self._waiting) + len(handles) > room:
                 raise SessionFull(
                     f"{len(self._waiting)} samples wait for a place in the batch of "
@@ -233,8 +249,16 @@ class Session:
                     name="ddpm_fast session",
                     daemon=True,  # _close_all ends it when the interpreter does
                 )
-                self._thread.start()
+                try:
+                    self._thread.start()
+                except RuntimeError:  # the system has no more
+                    self._thread = None
+                    for handle in handles:
+                        del self._waiting[handle]
+                    raise
             self._changed.notify_all()
+        if not self._is_own_thread():
+            release_threads()
         return handles
 
     def close(self, *, cancel: bool = False) -> None:
@@ -249,7 +273,7 @@ class Session:
             self._changed.notify_all()
         if cancel:
             self._give_up()
-        if threading.current_thread() is self._thread:
+        if self._is_own_thread():
             return  # a callback of a handle's: the thread cannot wait for itself
         try:
             with self._changed:
@@ -291,6 +315,8 @@ class Session:
         while True:
             promise = self._next()
             try:
+                if not promise.done():
+                    self._refuse_own_thread()
                 handle = promise.result()
             except BaseException:  # Ctrl-C
                 self._not_taken(promise)
@@ -319,17 +345,39 @@ class Session:
                 handle = next(iter(self._finished))
                 del self._finished[handle]
                 promise.set_result(handle)
-            elif not (self._waiting or self._running):
+            elif self._nothing_left():
                 promise.set_result(None)
             else:
                 self._iterators.append(promise)
         return promise
 
+    def _nothing_left(self) -> bool:
+        """Under the lock: whether no handle can come any more."""
+        return not (self._waiting or self._running or self._ending or self._finished)
+
     def _not_taken(self, promise: Future[Handle | None]) -> None:
-        """Who waited for it does no longer: what it was given is for another."""
-        if not promise.cancel() and (handle := promise.result()) is not None:
-            with self._changed:
-                self._finished[handle] = None
+        """Who waited for it does no longer: what it was given is the next one's."""
+        if promise.cancel() or (handle := promise.result()) is None:
+            return
+        with self._changed:
+            other = self._offered(handle)
+            if handle in self._finished:
+                self._finished = {handle: None, **self._finished}
+        if other is not None:
+            other.set_result(handle)
+        self._release_iterators()
+
+    def _offered(self, handle: Handle) -> Future[Handle | None] | None:
+        """Under the lock, a finished handle: the promise of an iterator that waits for one and is
+        to be given it; without one it is kept for the next. None, too, if its result was taken."""
+        if handle._session is None:
+            return None
+        while self._iterators:
+            promise = self._iterators.popleft()
+            if promise.set_running_or_notify_cancel():
+                return promise
+        self._finished[handle] = None
+        return None
 
     def _collected(self, handle: Handle) -> None:
         """Its result was taken: iterators need not give it."""
@@ -341,8 +389,8 @@ class Session:
     def _cancel(self, handle: Handle) -> bool:
         with self._changed:
             if handle._delivered:
-                return handle.cancelled()
-            handle._delivered = True
+                return handle._given_up
+            handle._delivered = handle._given_up = True
             self._forget(handle)
         Future.cancel(handle)
         handle.set_running_or_notify_cancel()  # who waits for several of them is told
@@ -356,10 +404,11 @@ class Session:
             for handle in handles:
                 handle._delivered = True
                 self._forget(handle)
-        error = SessionClosed("the session was closed before the sample was finished")
-        for handle in handles:
-            handle.set_exception(error)
+        closed = "the session was closed before the sample was finished"
+        failure = _settle((handle, SessionClosed(closed)) for handle in handles)
         self._release_iterators()
+        if failure is not None:
+            raise failure
 
     def _forget(self, handle: Handle) -> None:
         """Under the lock: it is neither waiting nor running."""
@@ -372,7 +421,7 @@ class Session:
 
     def _release_iterators(self) -> None:
         with self._changed:
-            if self._waiting or self._running or self._finished:
+            if not self._nothing_left():
                 return
             promises = list(self._iterators)
             self._iterators.clear()
@@ -394,10 +443,21 @@ class Session:
                 for handle in handles:
                     handle._delivered = True
                     self._forget(handle)
-            for handle in handles:
-                handle.set_exception(error)
+                self._changed.notify_all()
+            _settle((handle, error) for handle in handles)
             self._release_iterators()
             raise
+
+    def _is_own_thread(self) -> bool:
+        return threading.current_thread() is self._thread
+
+    def _refuse_own_thread(self) -> None:
+        """Raises RuntimeError in a callback, after which the samples go on."""
+        if self._is_own_thread():
+            raise RuntimeError(
+                "a callback of a sample's cannot wait for another sample of the session, which "
+                "goes on when the callback returns"
+            )
 
     def _wait_for_work(self) -> bool:
         """Whether there is some; after a while without, the thread is to end. Then a step is begun:
@@ -408,11 +468,13 @@ class Session:
                     if self._waiting or self._running or self._dropped or self._flight.busy:
                         self._stepping = True
                         return True
+                    if not self._closed and self._changed.wait(_PAUSE_SECONDS):
+                        continue
+                    release_threads()
                     if self._closed or not self._changed.wait(_IDLE_SECONDS):
                         if not self._waiting:
                             self._thread = None
                             return False
-                        continue
                 else:
                     self._changed.wait()
 
@@ -433,7 +495,8 @@ class Session:
         landed += flight.step()
         if not landed:
             return []
-        handles = {id(handle._flyer): handle for handle in self._running}
+        with self._changed:
+            handles = {id(handle._flyer): handle for handle in self._running}
         found = [(handles.get(id(each.flyer)), each) for each in landed]
         return [(handle, each) for handle, each in found if handle is not None]
 
@@ -446,32 +509,35 @@ class Session:
                     handle._delivered = True
                     del self._running[handle]
                     ready.append((handle, each))
-        for handle, each in ready:
-            if isinstance(each.result, Exception):
-                handle.set_exception(each.result)
-            else:
-                handle.set_result(each.result)
-        promised = []
+            self._ending = len(ready)
+        failure = _settle((handle, each.result) for handle, each in ready)
         with self._changed:
-            for handle, _ in ready:
-                promise = self._waiting_iterator()
-                if promise is not None:
-                    promised.append((promise, handle))
-                elif handle._session is not None:  # its result was not taken meanwhile
-                    self._finished[handle] = None
+            given = [(self._offered(handle), handle) for handle, _ in ready]
+            self._ending = 0
             self._stepping = False
             self._changed.notify_all()
-        for promise, handle in promised:
-            promise.set_result(handle)
+        for promise, handle in given:
+            if promise is not None:
+                promise.set_result(handle)
         if ready:
             self._release_iterators()
+        if failure is not None:
+            raise failure
 
-    def _waiting_iterator(self) -> Future[Handle | None] | None:
-        while self._iterators:
-            promise = self._iterators.popleft()
-            if promise.set_running_or_notify_cancel():
-                return promise
-        return None
+
+def _settle(ends: Iterable[tuple[Handle, Tensor | BaseException]]) -> BaseException | None:
+    """Gives handles their results or exceptions, all of them: what a callback raises (SystemExit,
+    say), or Ctrl-C, is returned."""
+    failure = None
+    for handle, end in ends:
+        try:
+            if isinstance(end, BaseException):
+                handle.set_exception(end)
+            else:
+                handle.set_result(end)
+        except BaseException as error:
+            failure = error
+    return failure
 
 
 def _at_least(name: str, value: object, least: int) -> int:

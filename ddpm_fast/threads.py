@@ -9,9 +9,12 @@ from typing import Any
 
 import torch
 
+from .backends import native
+
 
 class Settings:
-    """The caller's context variables and autocast, and the device, for another thread's work.
+    """The caller's context variables, autocast and default device, and the work's device, for
+    another thread.
 
     Args:
         device: of the work.
@@ -20,6 +23,7 @@ class Settings:
     def __init__(self, device: torch.device) -> None:
         self._device, kind = device, device.type
         self._variables = contextvars.copy_context()
+        self._default_device = torch.get_default_device()
         self._autocast: dict[str, Any] | None = None
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             self._autocast = {"device_type": kind, "dtype": torch.get_autocast_dtype(kind)}
@@ -33,6 +37,8 @@ class Settings:
             stack.enter_context(torch.no_grad())
             if self._autocast is not None:
                 stack.enter_context(torch.autocast(**self._autocast))
+            if self._default_device != torch.get_default_device():
+                stack.enter_context(self._default_device)
             if self._device.type == "cuda":
                 stack.enter_context(torch.cuda.device(self._device))
             yield
@@ -46,3 +52,11 @@ class Settings:
         if stream == torch.cuda.default_stream(self._device):
             return None
         return stream.record_event()
+
+
+def release_threads() -> None:
+    """Ends the threads that OpenMP keeps for the calling one, which is about to let another work:
+    while both have some, each parallel loop of either waits for the operating system
+    (csrc/cpu/threads.cpp)."""
+    if native is not None:
+        native.release_threads()

@@ -37,6 +37,10 @@ const char* isa();                     // "avx512", "avx2" or "portable"
 bool isa_supported(const char* name);  // built, and this processor has it
 void set_isa(const char* name);        // the caller has asked isa_supported
 
+// Ends the threads that OpenMP keeps for the calling one, which starts others when it next needs
+// some; whether it could.
+bool release_threads();
+
 void randn(const RandnParams& params, int threads);
 void add_noise(const AddNoiseParams& params, int threads);
 void reverse_step(const ReverseStepParams& params, int threads);
