@@ -157,6 +157,12 @@ def mixed_step(
         IndexError: there is no such row.
         ValueError: none or another number of places; trajectories of several plans, or of one that
             was prepared again between them.
+
+    >>> config = UNetConfig(image_size=8, channels=(32,), attention_resolutions=())
+    >>> plan = prepare(UNet(config).eval())
+    >>> long, short = plan.trajectory(range(99, -1, -1)), plan.trajectory([90, 5])
+    >>> mixed_step([(long, 70), (short, 1)], torch.zeros(2, 3, 8, 8)).shape
+    torch.Size([2, 3, 8, 8])
     """
     if not len(places):
         raise ValueError("places must have one pair a sample; got none, which tells no plan")
