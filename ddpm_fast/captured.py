@@ -10,19 +10,18 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .callers import warn_caller
 from .capture_key import Key, UnsuitedError, key_of, tensors_of, with_tensors
 from .model import Model, call_model
 from .recorder import Recorder
 from .rehearsal import Rehearsal, UncapturableError
+from .sampling import Run, SampleStep
 from .stepping import NO_NAN
-
-if TYPE_CHECKING:
-    from .sampling import Run, SampleStep
 
 # Steps that are taken before one is captured: cuBLAS's and cuDNN's memory, compiled kernels and
 # choices by timing have to be there.
@@ -224,28 +223,45 @@ class CapturedStep:
     def play(self, run: Run) -> Iterator[SampleStep]:
         """Takes a trajectory's steps, as Run.steps yields them, from ``run.row`` on; not to the end
         where who got a state changed what is captured."""
-        self._load(run, run.x, run.row)
-        end = run.rows.stop
+        first, end = run.row, run.rows.stop
+        self._load(run, run.x, first)
         while run.row < end:
-            row = run.row
-            if self._many is not None and end - row >= self.steps:
+            if self.every_state and run.row > first:
+                if not self._is_as_it_was(run, first):
+                    return
+            elif self._many is not None and end - run.row >= self.steps:
                 self._many.replay()
-                run.row += self.steps
+                run.row += self.steps - 1
             else:
                 self._one.replay()
-                run.row += 1
-            if run.row == end or self.every_state:
-                run.x = self.x.clone()
+            run.row += 1
+            x = x0 = self.x
+            if self.every_state or run.row == end:
+                run.x = x = self.x.clone()
+                x0 = self.x0.clone() if self.every_state else x
                 run.nan_step.copy_(self.nan_step)
-            for taken in range(row, run.row):
-                yield run.state(taken, run.x, self.x0.clone() if self.every_state else run.x)
-            if not self.every_state or run.row == end:
-                continue
-            with contextlib.suppress(UnsuitedError):
-                if key_of(run, self.every_state, self.steps) == self.key:
-                    self._load(run, run.x, run.row)  # whoever got the state may have changed it
-                    continue
-            return
+            yield SampleStep(run.row - 1, run.timesteps[run.row - 1], x, x0)
+
+    def _is_as_it_was(self, run: Run, first: int) -> bool:
+        """Takes a step from a state that somebody got, who may have changed it, and other things:
+        not where these are captured. What leaves no trace is looked for at the second step, the
+        third, the fifth, … and the last."""
+        with contextlib.suppress(UnsuitedError):
+            if key_of(run, self.every_state, self.steps) == self.key:
+                done = run.row - first
+                if not self.key.opaque or (done & (done - 1) and run.row != run.rows.stop - 1):
+                    self._load(run, run.x, run.row)
+                    self._one.replay()
+                    return True
+                if self._agrees(run, run.row, run.x):
+                    return True
+                if done > 1:
+                    warn_caller(
+                        "the model has changed while a trajectory was under way: steps before step "
+                        f"{run.row} may have been taken by it as it was at the beginning; "
+                        'graph="off" is for models that are changed between steps'
+                    )
+        return False
 
     def _load(self, run: Run, x: Tensor, row: int) -> None:
         self.x.copy_(x)

@@ -6,16 +6,12 @@ Nothing but speed depends on it: what cannot be captured goes step by step, with
 from __future__ import annotations
 
 import contextlib
-import sys
 import threading
-import warnings
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from .callers import warn_caller
 from .capture_key import Key, Same, UnsuitedError, key_of
 from .captured import CapturedStep
 from .nn.memory import within_memory
@@ -31,11 +27,10 @@ KEPT = 4
 # A capture takes the time of some seven steps that are not captured, and a replay a tenth of one
 # where launches are what takes the time: trajectories of one kind get one when they come to more.
 WORTH = 16
+# A look at whether a captured step is as it was takes one that is not captured.
+SHORT = 3
 # Of a recording. More save the host a launch for each; not measured on a GPU yet.
 STEPS = 1
-# Of files whose lines are not who samples: ours, and what runs our generators.
-_PASSED = (str(Path(__file__).parent), str(Path(torch.__file__).parent), contextlib.__file__)
-
 # One capture at a time: PyTorch has one state of the random generators and of the memory for it.
 _capturing = threading.Lock()
 
@@ -65,7 +60,7 @@ class Graphs:
         kind = run.x.device.type
         if run.sampler.graph == "off" or kind not in RECORDERS:
             return None
-        if not run.x.numel() or not is_eager(run.x):
+        if not run.rows or not run.x.numel() or not is_eager(run.x):
             return None
         part = _part(run)
         try:
@@ -83,6 +78,8 @@ class Graphs:
             if key in self._kept:
                 self._kept.move_to_end(key)
             elif not self._is_worth(key, len(run.rows)):
+                return None
+            if key.opaque and len(run.rows) < SHORT:
                 return None
             found = self._kept.get(key)
             if key in self._kept and found is None:
@@ -148,10 +145,7 @@ class Graphs:
             if part in self._told:
                 return
             self._told = [part]
-        warnings.warn(
-            f'sampling step by step, without a graph: {why}; graph="off" silences this',
-            stacklevel=_levels_to_caller(),
-        )
+        warn_caller(f'sampling step by step, without a graph: {why}; graph="off" silences this')
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Graphs, ()
@@ -188,11 +182,3 @@ def _attempt(run: Run, key: Key, every_state: bool) -> tuple[CapturedStep | None
         said = f"{type(error).__name__}: {error}".split("\n")[0]
         why, for_good = f"the model's step cannot be captured: {said}", True
     return None, why, for_good
-
-
-def _levels_to_caller() -> int:
-    """For a warning at the line outside of the package that led here."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PASSED):
-        level, frame = level + 1, frame.f_back
-    return level

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 
@@ -40,10 +40,21 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """Records CUDA graphs on a stream of its own."""
+    """Records CUDA graphs on a stream that no other has.
+
+    The memory that cuBLAS works in belongs to a stream, and its address to the graphs that were
+    recorded there: two of one stream could not be played at once.
+    """
+
+    _free: ClassVar[list[torch.cuda.Stream]] = []
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._stream: torch.cuda.Stream | None = None
+
+    def __del__(self) -> None:
+        if self._stream is not None:
+            self._free.append(self._stream)
 
     def aside(self, work: Work) -> None:
         with torch.cuda.device(self._device):
@@ -78,8 +89,13 @@ class CudaRecorder:
         return event
 
     def _side(self) -> torch.cuda.Stream:
-        if not hasattr(self, "_stream"):
-            self._stream = torch.cuda.Stream(self._device)
+        if self._stream is None:
+            for i, stream in enumerate(self._free):
+                if stream.device == self._device:
+                    self._stream = self._free.pop(i)
+                    break
+            else:
+                self._stream = torch.cuda.Stream(self._device)
         return self._stream
 
     def _end(self, graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:

@@ -47,6 +47,10 @@ class Rehearsal:
         self._operations.__exit__(*error)
         self._functions.__exit__(*error)
 
+    def has(self, tensor: Tensor) -> bool:
+        """Whether it lies where the step is taken."""
+        return tensor.device == self.device
+
     def refuse(self, name: str, why: str) -> None:
         said = f"{name.replace('::', '.')}, {why}"
         self.hindrance = self.hindrance or said
@@ -63,14 +67,17 @@ class _Operations(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> object:
         kwargs = kwargs or {}
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        name = func._schema.name
-        if why := _why_not(func, name, args, given):
-            self._owner.refuse(name, why)
+        given, name = _tensors((args, kwargs)), func._schema.name
+        owner = self._owner
+        if why := _why_not(func, name, args, [t for t in given if owner.has(t)]):
+            owner.refuse(name, why)
         made = func(*args, **kwargs)
-        found = [leaf for leaf in tree_leaves(made) if isinstance(leaf, Tensor)]
-        if any(map(_is_elsewhere, given)) and not all(map(_is_elsewhere, found)):
-            self._owner.refuse(name, WAITS)
+        found = _tensors(made)
+        for tensor in (*given, *found):
+            if not owner.has(tensor) and tensor.device.type not in ("cpu", "meta"):
+                owner.refuse(name, f"which is of {tensor.device}")
+        if name in _COPIES and len({t.device for t in (*given, *found) if t.numel()}) > 1:
+            owner.refuse(name, WAITS if owner.has(given[-1]) else FROM_HOST)
         self._note(given, found)
         return made
 
@@ -102,14 +109,13 @@ class _Functions(TorchFunctionMode):
     ) -> object:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", str(func))
-        kind = self._owner.device.type
-        if func in _TO_PYTHON and isinstance(args[0], Tensor) and args[0].device.type == kind:
-            self._owner.refuse(f"Tensor.{name}", WAITS)
+        owner = self._owner
+        if func in _TO_PYTHON and any(map(owner.has, _tensors(args))):
+            owner.refuse(f"Tensor.{name}", WAITS)
         made = func(*args, **kwargs)
-        if func in _FROM_PYTHON and kind != "cpu" and made.device.type == kind:
-            data = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-            if not any(map(_is_elsewhere, data)):
-                self._owner.refuse(f"torch.{name}", FROM_HOST)
+        from_host = func in _FROM_PYTHON and owner.device.type != "cpu" and owner.has(made)
+        if from_host and not any(map(owner.has, _tensors((args, kwargs)))):
+            owner.refuse(f"torch.{name}", FROM_HOST)
         return made
 
 
@@ -123,23 +129,18 @@ _FROM_PYTHON: tuple[Callable[..., Any], ...] = (
 )
 
 
+def _tensors(value: object) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
 def _why_not(func: Any, name: str, args: Any, given: list[Tensor]) -> str:
-    """Why no graph can hold an operation; "" if nothing is known."""
-    tags = func.tags
-    if torch.Tag.data_dependent_output in tags:
+    """Why no graph can hold an operation on tensors of the device; "" if nothing is known."""
+    if not given:
+        return ""
+    if torch.Tag.data_dependent_output in func.tags:
         return WAITS
     if name in _INDEXED:
         masks = [i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)]
         # One value in the place of what a mask tells is filled in
-        if masks and not (name != "aten::index" and args[2].numel() == 1):
-            return WAITS
-    elif torch.Tag.dynamic_output_shape in tags:
-        return WAITS
-    if name in _COPIES and len({tensor.device for tensor in given if tensor.numel()}) > 1:
-        return FROM_HOST if _is_elsewhere(given[0]) else WAITS
-    return ""
-
-
-def _is_elsewhere(tensor: Tensor) -> bool:
-    """Not on the host."""
-    return tensor.device.type not in ("cpu", "meta")
+        return WAITS if masks and (name == "aten::index" or args[2].numel() != 1) else ""
+    return WAITS if torch.Tag.dynamic_output_shape in func.tags else ""
