@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import gc
+import copy
 import threading
 from types import SimpleNamespace
 
@@ -15,7 +15,7 @@ from unet_weights import gap
 from ddpm_fast import prepare
 from ddpm_fast.backends import native
 from ddpm_fast.engine import Trajectory, mixed_step
-from ddpm_fast.nn import native_plan, time_table, trajectory
+from ddpm_fast.nn import time_table, trajectory
 from ddpm_fast.nn.prepared import Prepared
 from ddpm_fast.nn.rewrites import REWRITES
 from ddpm_fast.nn.time_table import TimeTable
@@ -33,19 +33,6 @@ def on_device(monkeypatch):
     """The CPU's memory is taken for that of a device, which the host does not look at."""
     for module in (time_table, trajectory):
         monkeypatch.setattr(module, "on_host", lambda tensor: False)
-
-
-@pytest.fixture
-def made(monkeypatch):
-    """The classes and first steps of the parts that are made, in order."""
-    seen, part = [], TimeTable.part
-
-    def counted(self, label, start):
-        seen.append((label, start))
-        return part(self, label, start)
-
-    monkeypatch.setattr(TimeTable, "part", counted)
-    return seen
 
 
 def images(model, count=COUNT):
@@ -215,83 +202,6 @@ def test_no_table_is_made_in_a_graph(monkeypatch):
     prepare(model_of("ho")).trajectory([5]).step(torch.tensor(0), torch.zeros(1, 1, 8, 8))
 
 
-def walk(trajectory, x, starts, steps, labels=None):
-    """Samples that were begun one after another and go on together."""
-    for step in range(steps):
-        mixed_step([(trajectory, start + step) for start in starts], x, labels)
-
-
-def test_parts_are_made_once(made):
-    model = model_of("ho")
-    trajectory = prepare(model).trajectory(range(999, -1, -1))
-    x = images(model, 5)
-    walk(trajectory, x, [0, 40, 60, 100, 900], 70)
-    assert sorted(made) == [(None, start) for start in (0, 64, 128, 896, 960)]
-    made.clear()
-    trajectory.step(0, x)  # all at one row keep their own
-    trajectory.step(1, x)
-    assert made == [(None, 0)]
-
-
-def test_parts_of_classes_are_made_once(made):
-    model = model_of("classes")
-    trajectory = prepare(model).trajectory(range(999, -1, -1))
-    walk(trajectory, images(model, 4), [0, 5, 7, 500], 8, torch.tensor([0, 1, 1, 3]))
-    # Of class 0 steps 0 … 7; of class 1 steps 5 … 14; of the null class steps 500 … 507
-    assert sorted(made) == [(0, 0), (1, 0), (1, 8), (3, 496), (3, 504)]
-    made.clear()
-    walk(trajectory, images(model, 4), [0, 5, 7, 500], 8, torch.tensor([0, 1, 1, 3]))
-    assert not made
-
-
-def test_memory_of_parts_is_bounded_over_all_trajectories(made, monkeypatch):
-    """Beside what the call itself needs, the latest."""
-    model = model_of("classes")
-    plan = prepare(model)
-    some = [plan.trajectory(range(999, -1, -1)) for _ in range(3)]
-    x = images(model, 3)
-    mixed_step([(one, 0) for one in some], x)
-    rows = plan._prepared.time
-    size = 8 * sum(rows.widths) * 4
-    assert size == next(iter(some[0]._table().kept.values())).lines.nbytes
-
-    def kept():
-        return [(i, key) for i, one in enumerate(some) for key in one._table().kept]
-
-    monkeypatch.setattr(time_table, "KEPT", 2 * size + 1)
-    mixed_step([(some[0], 8), (some[0], 9), (some[2], 1)], x)
-    assert kept() == [(0, (3, 0)), (0, (3, 8)), (1, (3, 0)), (2, (3, 0))]
-    mixed_step([(some[0], 16)], x[:1])
-    # Three were not read, of which the one that was read before the others goes
-    assert len(kept()) == 3
-    assert {(0, (3, 8)), (2, (3, 0)), (0, (3, 16))} == set(kept())
-    # A call may need more than that
-    mixed_step([(some[1], row) for row in range(0, 240, 8)], images(model, 30))
-    assert len(some[1]._table().kept) == 30
-    assert len(kept()) == 32
-    made.clear()
-    mixed_step([(some[1], row) for row in range(7, 240, 8)], images(model, 30))
-    assert not made
-    del some[1]
-    gc.collect()
-    assert len(rows._tables) == 2  # what it kept has gone with it
-
-
-def test_samples_that_go_together_keep_one_part_a_class(made):
-    """As many as without calls at several rows, over the whole trajectory."""
-    model = model_of("classes")
-    trajectory = prepare(model).trajectory(range(999, -1, -1))
-    x = images(model, 3)
-    for row in range(0, 40):
-        trajectory.step(row, x, torch.tensor([0, 2, 2]))
-        trajectory.step(row, x)
-    assert sorted(made) == sorted((c, start) for c in (0, 2, 3) for start in range(0, 40, 8))
-    table = trajectory._table()
-    assert not table.kept
-    assert not table._whole
-    assert {label: start for label, (start, _) in table._latest.items()} == {0: 32, 2: 32, 3: 32}
-
-
 @needs_native
 def test_from_several_threads(monkeypatch):
     model = model_of("classes")
@@ -316,139 +226,18 @@ def test_from_several_threads(monkeypatch):
     assert not wrong
 
 
-def test_wrong_rows():
-    model = model_of("ho")
-    x = images(model, 2)
-    step = prepare(model).trajectory([5, 3]).step
-    for row in (2, -1, torch.tensor(2), torch.tensor([-1]), torch.tensor([0, 2])):
-        with pytest.raises(IndexError, match="row must lie in 0 … 1; got"):
-            step(row, x)
-    for row in (0.5, "0", None, [0, 1]):
-        with pytest.raises(TypeError, match="row must be an integer, the timestep's place in"):
-            step(row, x)
-    for row in (torch.tensor(0.0), torch.tensor([0, 1], dtype=torch.int32), torch.tensor(True)):
-        with pytest.raises(TypeError, match="row must be int64 where it is a tensor; got torch"):
-            step(row, x)
-    for shape in ((3,), (2, 1), (1, 1), (0,)):
-        with pytest.raises(ValueError, match=r"row must be 0-d or have shape \[2\]; got \["):
-            step(torch.zeros(shape, dtype=torch.int64), x)
-    with pytest.raises(ValueError, match="row is on meta, and the plan on cpu"):
-        step(torch.zeros(2, dtype=torch.int64, device="meta"), x)
-    for keyword in ("return_dict", "labels"):
-        with pytest.raises(TypeError, match=f"unexpected keyword argument '{keyword}'"):
-            step(torch.tensor(0), x, **{keyword: None})
-
-
-def test_wrong_rows_on_a_device(on_device):
-    none = prepare(model_of("ho")).trajectory([])
-    with pytest.raises(IndexError, match="this one has no timesteps"):
-        none.step(torch.tensor(0), torch.zeros(1, 1, 8, 8))
-
-
-def test_wrong_places():
-    model = model_of("ho")
-    plan, x = prepare(model), images(model, 2)
-    one = plan.trajectory([5, 3])
-    for places in ([], ()):
-        with pytest.raises(ValueError, match="places must have one pair a sample; got none"):
-            mixed_step(places, x[:0])
-    with pytest.raises(ValueError, match="places must be 2, one a sample; got 1"):
-        mixed_step([(one, 0)], x)
-    for place in (one, 0, (one,), (0, one), (plan, 0), "ab"):
-        with pytest.raises(TypeError, match=r"be pairs of a Trajectory and a row; got .* at 1"):
-            mixed_step([(one, 0), place], x)
-    for row in (0.5, None):
-        with pytest.raises(TypeError, match="row must be an integer"):
-            mixed_step([(one, 0), (one, row)], x)
-    for row in (-1, 2):
-        with pytest.raises(IndexError, match=f"row must lie in 0 … 1; got {row}"):
-            mixed_step([(one, 0), (one, row)], x)
-    for keyword in ("return_dict", "labels"):
-        with pytest.raises(TypeError, match=f"unexpected keyword argument '{keyword}'"):
-            mixed_step([(one, 0), (one, 1)], x, **{keyword: None})
-    with pytest.raises(ValueError, match="sides must be multiples of 4"):
-        mixed_step([(one, 0), (one, 1)], x[..., :6])
-    with pytest.raises(ValueError, match="class_labels given to a UNet without"):
-        mixed_step([(one, 0), (one, 1)], x, torch.tensor([0, 1]))
-
-
-def test_trajectories_of_several_plans():
-    model = model_of("ho", seed=1)
-    plan, x = prepare(model), images(model, 2)
-    one = plan.trajectory([5, 3])
-    again = plan.trajectory([7])
-    assert one.family == again.family
-    other = prepare(model).trajectory([5])
-    model.conv_out.bias.data.add_(0)  # nothing has changed
-    assert plan.trajectory([7]).family == one.family
-    with torch.no_grad():
-        model.conv_out.bias.add_(1)
-    changed = plan.trajectory([5])
-    for second in (other, changed):
-        assert second.family != one.family
-        with pytest.raises(ValueError, match="of one plan, of the same weights; sample 1's is of"):
-            mixed_step([(one, 0), (second, 0)], x)
-    assert mixed_step([(one, 0), (again, 0)], x).shape == x.shape
-
-
-@needs_native
-@pytest.mark.parametrize("order", [range(1, 33), range(32, 0, -1), [20, 3, 8, 5, 31, 6, 7] * 3])
-def test_batches_of_all_sizes_are_recorded_once(order, monkeypatch):
-    """And work on the memory of the largest part."""
-    model = model_of("mixed")
-    x = images(model, 32)
-    expected = prepare(model).trajectory([5]).step(0, x)
-    recorded, made = [], native_plan._Program
-
-    def counted(plan, space, n, h, w):
-        recorded.append(n)
-        return made(plan, space, n, h, w)
-
-    monkeypatch.setattr(native_plan, "_Program", counted)
-    plan = prepare(model)
-    trajectory = plan.trajectory([5])
-    for count in order:
-        assert torch.equal(trajectory.step(0, x[:count]), expected[:count])
-    for count in range(1, 33):
-        assert torch.equal(trajectory.step(0, x[:count]), expected[:count])
-    recorded.clear()
-    for count in (32, 1, 9, 17, 31, 4, 8, 23):
-        assert torch.equal(trajectory.step(0, x[:count]), expected[:count])
-    assert not recorded
-
-    def held(plan):
-        (programs,) = plan._prepared.executor._programs.values()
-        programs._memory.begin_again()
-        return sum(t.nbytes for free in programs._memory._free.values() for t in free)
-
-    eight = prepare(model)
-    eight.trajectory([5]).step(0, x[:8])
-    assert held(plan) == held(eight)
-
-
-@needs_native
-def test_a_few_images_have_memory_for_a_few(monkeypatch):
-    model = model_of("mixed")
-    plan, x = prepare(model), images(model, 8)
-    trajectory = plan.trajectory([5])
-    for count, memory in ((1, 1), (3, 3), (2, 3), (8, 8), (1, 8)):
-        trajectory.step(0, x[:count])
-        (programs,) = plan._prepared.executor._programs.values()
-        assert programs.images == memory
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(no_gpu(), reason="no GPU")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["ho", "classes", "guided"])
 def test_one_graph_serves_all_rows(name, dtype):
     model = model_of(name)
-    # A copy, since others read the model where it is
-    plan = prepare(type(model)(model.config).cuda().eval(), dtype=dtype)
+    plan = prepare(copy.deepcopy(model).cuda(), dtype=dtype)
     trajectory, x = plan.trajectory(range(999, -1, -1)), images(model).cuda()
     for labels in labels_of(model, "cuda"):
         for shape in ((1,), (COUNT,)):
             row = torch.zeros(shape, dtype=torch.int64, device="cuda")
+            torch.cuda.synchronize()
             with torch.cuda.stream(torch.cuda.Stream()):
                 trajectory.step(row, x, labels)
             torch.cuda.synchronize()
@@ -467,7 +256,7 @@ def test_one_graph_serves_all_rows(name, dtype):
 @pytest.mark.skipif(no_gpu(), reason="no GPU")
 def test_samples_at_several_rows_wait_for_nothing_on_a_gpu():
     model = model_of("classes")
-    plan, x = prepare(type(model)(model.config).cuda().eval()), images(model).cuda()
+    plan, x = prepare(copy.deepcopy(model).cuda()), images(model).cuda()
     places = places_of(plan)
     for labels in labels_of(model, "cuda"):
         expected = mixed_step(places, x, labels)
