@@ -52,6 +52,14 @@ class Flyer:
     x: Tensor | None = None
     given: Any = None
     lane: Lane = field(init=False)
+    signature: Hashable = field(init=False)  # of what it may share a batch with
+
+    def __post_init__(self) -> None:
+        # Those who ask may change their containers afterwards
+        self.kwargs, self.uncond_kwargs = map(
+            conditioning.copied, (self.kwargs, self.uncond_kwargs)
+        )
+        self.signature = conditioning.signature((self.kwargs, self.uncond_kwargs))
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,7 @@ class Flight:
         self.lanes = Lanes(sampler, [max_batch, *shape])
         self.device = self.lanes.device
         self._groups: dict[Hashable, Group] = {}
-        self._landing: deque[tuple[Any, list[Flyer], Tensor, Tensor]] = deque()
+        self._landing: deque[tuple[Any, list[tuple[Flyer, Tensor]], Tensor]] = deque()
         self._taken: deque[Any] = deque()
 
     @property
@@ -97,14 +105,17 @@ class Flight:
         newcomers: dict[Hashable, list[Flyer]] = {}
         landed = []
         if not self.busy:
-            self.lanes.renew()
+            try:
+                self.lanes.renew()
+            except Exception as error:  # there is no plan of the model as it is now, say
+                return [Landed(flyer, error) for flyer in flyers]
         for flyer in flyers:
             try:
                 flyer.lane = self.lanes.take(flyer.num_steps)
             except Exception as error:
                 landed.append(Landed(flyer, error))
                 continue
-            newcomers.setdefault(_kind(flyer), []).append(flyer)
+            newcomers.setdefault((flyer.lane.family, flyer.signature), []).append(flyer)
         for kind, some in newcomers.items():
             try:
                 group = self._groups.get(kind) or Group(self)
@@ -125,11 +136,11 @@ class Flight:
             self._forget_if_empty(kind)
 
     def state_of(self, flyer: Flyer) -> Tensor | None:
-        """[C, …] before its next step, on the CPU; None where it is not under way."""
+        """[C, …] before its next step, on the CPU; None where it is noise yet to be drawn."""
         for group in self._groups.values():
             if flyer in group.flyers:
                 return group.x[group.flyers.index(flyer)].to("cpu", copy=True)
-        return None
+        return flyer.x  # that it came with, or none
 
     @torch.no_grad()
     def step(self) -> list[Landed]:
@@ -139,42 +150,46 @@ class Flight:
             landed += group.step()
             done = [i for i, flyer in enumerate(group.flyers) if flyer.row == len(flyer.lane)]
             if done:
-                flyers = [group.flyers[i] for i in done]
-                landed += self._land(flyers, torch.stack([group.x[i] for i in done]))
+                landed += self._land([(group.flyers[i], group.x[i].clone()) for i in done])
                 group.leave(done)
             self._forget_if_empty(kind)
         if self.device.type == "cuda":
             self._pace()
-        landed += self._arrived()
+        landed += self._arrived(wait=not self._groups)
         return landed
 
     def _forget_if_empty(self, kind: Hashable) -> None:
         if not self._groups[kind].flyers:
             del self._groups[kind]
 
-    def _land(self, flyers: list[Flyer], x: Tensor) -> list[Landed]:
+    def _land(self, done: list[tuple[Flyer, Tensor]]) -> list[Landed]:
+        """Samples that have taken all their steps, and results that are theirs."""
         if self.device.type != "cuda":
-            return [Landed(flyer, own.clone()) for flyer, own in zip(flyers, x, strict=True)]
-        broken = x.flatten(1).isnan().any(1)
-        told = torch.empty(len(flyers), dtype=torch.bool, pin_memory=True)
+            return [Landed(flyer, x) for flyer, x in done]
+        broken = torch.stack([x.isnan().any() for _, x in done])
+        told = torch.empty(len(done), dtype=torch.bool, pin_memory=True)
         told.copy_(broken, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
-        self._landing.append((event, flyers, x, told))
+        self._landing.append((event, done, told))
         return []
 
-    def _arrived(self) -> list[Landed]:
-        """What a GPU has finished; waited for where nothing else is under way."""
+    def settle(self) -> list[Landed]:
+        """What has not landed yet though all its steps are taken, waited for."""
+        return self._arrived(wait=True)
+
+    def _arrived(self, wait: bool) -> list[Landed]:
+        """What a GPU has finished."""
         landed = []
         while self._landing:
-            event, flyers, x, broken = self._landing[0]
-            if not self._groups:
+            event, done, broken = self._landing[0]
+            if wait:
                 event.synchronize()
             elif not event.query():
                 break
             self._landing.popleft()
-            for flyer, own, bad in zip(flyers, x, broken.tolist(), strict=True):
-                landed.append(Landed(flyer, nan_error(None, None) if bad else own.clone()))
+            for (flyer, x), bad in zip(done, broken.tolist(), strict=True):
+                landed.append(Landed(flyer, nan_error(None, None) if bad else x))
         return landed
 
     def _pace(self) -> None:
@@ -209,10 +224,14 @@ class Group:
         for flyer in flyers:
             if flyer.given is not None:
                 flyer.given.wait()
+                # Its memory is another stream's, who must not give it away before it is read here
+                for tensor in conditioning.tensors((flyer.kwargs, flyer.uncond_kwargs)):
+                    if tensor.is_cuda:
+                        tensor.record_stream(torch.cuda.current_stream(tensor.device))
         seeds = [flyer.seed - (flyer.seed >> 63 << 64) for flyer in flyers]
-        self._seeds[place] = torch.tensor(seeds)
-        self._ids[place] = torch.tensor([flyer.sample_id for flyer in flyers])
-        self._scales[place] = torch.tensor([flyer.guidance_scale or 0.0 for flyer in flyers])
+        _write(self._seeds[place], seeds)
+        _write(self._ids[place], [flyer.sample_id for flyer in flyers])
+        _write(self._scales[place], [flyer.guidance_scale or 0.0 for flyer in flyers])
         with backend_of(self._flight.sampler):
             self.x[place] = randn(
                 [count, *self._flight.shape],
@@ -232,7 +251,11 @@ class Group:
     def leave(self, places: Iterable[int]) -> None:
         """The last ones take the places that become free."""
         for i in sorted(places, reverse=True):
-            self._lanes.give_back(self.flyers[i].lane)
+            flyer = self.flyers[i]
+            self._lanes.give_back(flyer.lane)
+            # A handle that is kept keeps neither a plan nor arguments alive
+            del flyer.lane, flyer.signature
+            flyer.kwargs, flyer.uncond_kwargs = {}, None
             last = self.flyers.pop()
             if i < len(self.flyers):
                 self.flyers[i] = last
@@ -244,21 +267,23 @@ class Group:
     def step(self) -> list[Landed]:
         """One step of each, and those that failed at it. Where a call of the model fails, each
         sample takes the step alone, so that one's mistake is not the others'."""
-        if self._batch is None or self._batch.table is not self._lanes.table:
-            self._batch = self._of(range(len(self.flyers)))
         failed: dict[int, Exception] = {}
+        before = self._versions()
         try:
+            if self._batch is None or self._batch.table is not self._lanes.table:
+                self._batch = self._of(range(len(self.flyers)))
             self._take(self._batch)
         except Exception as error:
-            if len(self.flyers) == 1:
-                failed[0] = error
+            self._batch = None  # each counts its own steps
+            if len(self.flyers) == 1 or self._versions() != before:
+                # Nothing is left to go on from where the model wrote into the states
+                failed = dict.fromkeys(range(len(self.flyers)), error)
             else:
                 for i in range(len(self.flyers)):
                     try:
                         self._take(self._of([i]))
                     except Exception as own:
                         failed[i] = own
-                self._batch = None  # each has counted its own steps
         self._find_nans(failed)
         for i, flyer in enumerate(self.flyers):
             flyer.row += i not in failed
@@ -272,7 +297,7 @@ class Group:
         flyers = [self.flyers[i] for i in places]
         part = slice(places[0], places[-1] + 1)
         rows = [flyer.lane.offset + flyer.row for flyer in flyers]
-        self._steps[part] = torch.tensor(rows)
+        _write(self._steps[part], rows)
         guided = flyers[0].uncond_kwargs is not None
         return Batch(
             self._lanes.table,
@@ -313,6 +338,10 @@ class Group:
         )
         batch.steps.add_(1)
 
+    def _versions(self) -> list[int]:
+        """That change whenever the states are written."""
+        return [x._version for x in (self.x, self._lowp) if x is not None]
+
     def _find_nans(self, failed: dict[int, Exception]) -> None:
         """On the host, where looking costs nothing; on a GPU when a sample lands."""
         if self.x.device.type == "cuda" or int(self._nan_step) == NO_NAN:
@@ -345,11 +374,8 @@ def _of_places(x: Tensor, places: Sequence[tuple[Any, int]], **kwargs: Any) -> T
     return mixed_step(places, x, **kwargs)
 
 
-def _kind(flyer: Flyer) -> Hashable:
-    """Of samples that can share a call of the model."""
-    return (
-        flyer.lane.family,
-        conditioning.signature(flyer.kwargs),
-        flyer.uncond_kwargs is not None,
-        conditioning.signature(flyer.uncond_kwargs),
-    )
+def _write(tensor: Tensor, values: Sequence[float]) -> None:
+    """On a GPU without waiting for it: the host's memory is kept until it has been read."""
+    on_gpu = tensor.is_cuda
+    there = torch.tensor(values, dtype=tensor.dtype, device="cpu", pin_memory=on_gpu)
+    tensor.copy_(there, non_blocking=on_gpu)

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import math
+import os
 import threading
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -227,10 +230,11 @@ class Session:
             None if scale is None else _finite(scale),
             given=self._settings.event(),
         )
-        return self._enter([flyer], bounded=True)[0]
+        handle = Handle(self, flyer, self._flight.lanes.length(flyer.num_steps))
+        self._enter([handle], bounded=True)
+        return handle
 
-    def _enter(self, flyers: Sequence[Flyer], bounded: bool) -> list[Handle]:
-        handles = [Handle(self, each, self._flight.lanes.length(each.num_steps)) for each in flyers]
+    def _enter(self, handles: Sequence[Handle], bounded: bool) -> None:
         with self._changed:
             if self._closed:
                 raise SessionClosed("the session is closed: it takes no more samples")
@@ -259,7 +263,6 @@ class Session:
             self._changed.notify_all()
         if not self._is_own_thread():
             release_threads()
-        return handles
 
     def close(self, *, cancel: bool = False) -> None:
         """Takes no more samples, and returns when those that were asked for are finished; what is
@@ -282,6 +285,83 @@ class Session:
         except BaseException:  # Ctrl-C
             self._give_up()
             raise
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Saves all samples between two steps: those that wait, those under way with their states,
+        those that are finished and whose result nobody took. The session goes on.
+
+        Args:
+            folder: of the state, made where it does not exist; a session's state that it holds is
+                replaced, whole or not at all.
+
+        Raises:
+            TypeError: ``model_kwargs`` with more than tensors, numbers, strings and None in
+                dictionaries, lists and tuples.
+            ValueError: the folder holds something else.
+            OSError: it cannot be written.
+            ImportError: safetensors is not installed.
+        """
+        from . import session_state
+
+        with self._paused():
+            if settled := self._flight.settle():
+                self._deliver(self._handles_of(settled))
+            with self._changed:
+                finished = list(self._finished)
+                others = [*self._running, *self._waiting]
+            flyers = [_finished_flyer(handle) for handle in finished]
+            for handle in others:
+                x = self._flight.state_of(handle._flyer)
+                row = handle._flyer.row if x is not None else 0
+                flyers.append(replace(handle._flyer, x=x, row=row))
+        session_state.save(folder, self._sampler, self._flight.shape, flyers)
+
+    def restore(self, folder: str | os.PathLike[str]) -> list[Handle]:
+        """Takes up all samples that :meth:`save` saved, in their order, to the same bits as if
+        nothing had happened where a sample's bits do not depend on its company; ``max_waiting``
+        does not bound them.
+
+        Returns:
+            Their handles: those that were finished, under way, waiting. What failed is drawn again.
+
+        Raises:
+            FileNotFoundError: the folder holds no state.
+            ValueError: a state of another sampler or shape, and in what they differ; a damaged one.
+            SessionClosed: it takes no more.
+            ImportError: safetensors is not installed.
+        """
+        from . import session_state
+
+        handles, unfinished = [], []
+        for flyer in session_state.load(folder, self._sampler, self._flight.shape):
+            handle = Handle(self, flyer, self._flight.lanes.length(flyer.num_steps))
+            handles.append(handle)
+            if flyer.row < handle.num_steps:
+                unfinished.append(handle)
+        self._enter(unfinished, bounded=False)
+        for handle in handles:
+            x = handle._flyer.x
+            if handle._flyer.row == handle.num_steps and x is not None:
+                handle._delivered = True
+                handle.set_result(x.to(self._flight.device))
+                with self._changed:
+                    self._finished[handle] = None
+        return handles
+
+    @contextlib.contextmanager
+    def _paused(self) -> Iterator[None]:
+        """No step is taken meanwhile."""
+        with self._changed:
+            self._pauses += 1
+            # In a handle's callback the thread is between two steps
+            while self._stepping and not self._is_own_thread():
+                self._changed.wait()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._pauses -= 1
+                self._changed.notify_all()
 
     def __enter__(self) -> Session:
         return self
@@ -471,10 +551,10 @@ class Session:
                     if not self._closed and self._changed.wait(_PAUSE_SECONDS):
                         continue
                     release_threads()
-                    if self._closed or not self._changed.wait(_IDLE_SECONDS):
-                        if not self._waiting:
-                            self._thread = None
-                            return False
+                    woken = not self._closed and self._changed.wait(_IDLE_SECONDS)
+                    if not woken and not self._waiting:
+                        self._thread = None
+                        return False
                 else:
                     self._changed.wait()
 
@@ -493,6 +573,10 @@ class Session:
             self._running.update(dict.fromkeys(admitted))
         landed = flight.join(handle._flyer for handle in admitted) if admitted else []
         landed += flight.step()
+        return self._handles_of(landed)
+
+    def _handles_of(self, landed: Sequence[Landed]) -> list[tuple[Handle, Landed]]:
+        """Without those that were given up."""
         if not landed:
             return []
         with self._changed:
@@ -538,6 +622,14 @@ def _settle(ends: Iterable[tuple[Handle, Tensor | BaseException]]) -> BaseExcept
         except BaseException as error:
             failure = error
     return failure
+
+
+def _finished_flyer(handle: Handle) -> Flyer:
+    """With its result as its state; of one that failed, from the beginning."""
+    flyer = handle._flyer
+    if Future.exception(handle) is not None:
+        return replace(flyer, x=None, row=0)
+    return replace(flyer, x=Future.result(handle).cpu(), row=handle.num_steps)
 
 
 def _at_least(name: str, value: object, least: int) -> int:
