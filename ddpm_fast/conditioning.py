@@ -7,7 +7,7 @@ given to the model as it is, so that samples share a batch only where theirs is 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ def signature(tree: Any) -> Hashable:
         return "dict", tuple((name, signature(value)) for name, value in tree.items())
     if type(tree) in (list, tuple):
         return type(tree), tuple(map(signature, tree))
+    if type(tree) is float:
+        return float, tree.hex()  # 0.0 == -0.0
     if isinstance(tree, Tensor) or not _comparable(tree):
         return "is", id(tree)
     return type(tree), tree
@@ -37,6 +39,27 @@ def joined(trees: Sequence[Any]) -> Any:
     if type(first) in (list, tuple):
         return type(first)(joined(parts) for parts in zip(*trees, strict=True))
     return first
+
+
+def copied(tree: Any) -> Any:
+    """Containers of its own, of the same values."""
+    if type(tree) is dict:
+        return {name: copied(value) for name, value in tree.items()}
+    if type(tree) in (list, tuple):
+        return type(tree)(map(copied, tree))
+    return tree
+
+
+def tensors(tree: Any) -> Iterator[Tensor]:
+    """All that it holds."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif type(tree) is dict:
+        for value in tree.values():
+            yield from tensors(value)
+    elif type(tree) in (list, tuple):
+        for value in tree:
+            yield from tensors(value)
 
 
 def is_own(value: Any) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .engine import Trajectory
+from .model import first_parameter
 from .step_table import StepTable, joined
 from .stepping import backend_of, checked_parameter, device_of, low_precision
 
@@ -65,7 +66,7 @@ class Lanes:
         parameter = checked_parameter(sampler.model, stacklevel=5)
         self._lanes: dict[int | None, Lane] = {}
         self._lengths: dict[int | None, int] = {}
-        lane = self._lane(None)
+        lane = self._lanes[None] = self._lane(None)
         lies = parameter if lane.plan is None else lane.plan
         self.device, self.low_precision = device_of(sampler, lies), low_precision(lies)
         self._join()
@@ -84,7 +85,7 @@ class Lanes:
     def take(self, num_steps: int | None) -> Lane:
         """A lane for one more follower."""
         if num_steps not in self._lanes:
-            lane = self._lane(num_steps)
+            self._lanes[num_steps] = self._lane(num_steps)
             self._forget()
             self._join()
         lane = self._lanes[num_steps] = self._lanes.pop(num_steps)  # the latest
@@ -95,17 +96,22 @@ class Lanes:
         lane.followers -= 1
 
     def renew(self) -> None:
-        """Looks at the model's weights again, while nobody follows a lane."""
-        before = dict(self._lanes)
+        """Looks at the model's weights again, while nobody follows a lane.
+
+        Raises:
+            TypeError, ValueError, MemoryError: it cannot be sampled from as it is now.
+        """
         lane = self._lane(None)
-        if any(lane.family != other.family for other in before.values()):
+        lies = first_parameter(self._sampler.model) if lane.plan is None else lane.plan
+        if (device := device_of(self._sampler, lies)) != self.device:
+            raise ValueError(f"the model is on {device} now, and its session on {self.device}")
+        self.low_precision = low_precision(lies)
+        if any(lane.family != other.family for other in self._lanes.values()):
             self._lanes = {None: lane}  # of other weights: all are made anew
-        self._join()
+            self._join()
 
     def _lane(self, num_steps: int | None) -> Lane:
-        table = self._sampler.table_of(num_steps)
-        lane = self._lanes[num_steps] = Lane(table, self._sampler, self._shape)
-        return lane
+        return Lane(self._sampler.table_of(num_steps), self._sampler, self._shape)
 
     def _forget(self) -> None:
         """The idle ones that were used longest ago."""
