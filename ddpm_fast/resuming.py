@@ -31,8 +31,8 @@ class Keeper:
     Args:
         folder: of the call's state, made where it does not exist.
         every: steps from one save to the next.
-        run: the call, before its first step. Where the folder holds a state of the same call, ``x``
-            and ``rows`` are set to it.
+        run: the call, before its first step. Where the folder holds a state of the same call, its
+            ``x``, ``row`` and ``rows`` are set to it.
         given: whether its x_T was given.
 
     Attributes:
@@ -79,12 +79,13 @@ class Keeper:
         channels_last = is_channels_last(x) and not x.is_contiguous()
         self._run.x = laid_out(tensors["x"], channels_last).to(x.device)
         self._saved = description["row"]
+        self._run.row = self._saved
         self._run.rows = range(self._saved, self._rows.stop)
 
     def after(self, row: int, x: Tensor) -> None:
         """A step was taken: x is the state that ``row`` is the next of."""
         self._kept = row, x.clone()  # at once: an interrupt comes before or after
-        if row % self._every == 0 and row < self._rows.stop:
+        if row // self._every > self._saved // self._every and row < self._rows.stop:
             self._save()
 
     def __exit__(

@@ -241,7 +241,8 @@ class Sampler:
         with keeping as keeper, bar(progress, count, "sampling", unit="step") as shown:
             shown.initial = shown.n = 0 if keeper is None else keeper.taken
             x = run.x
-            for step in run.steps(every_state=callback is not None, paced=progress):
+            steps = run.steps(every_state=callback is not None, paced=progress)
+            for step in steps if run.rows else ():
                 x = step.x
                 if callback is not None:
                     callback(step)
