@@ -1,0 +1,237 @@
+"""In-flight batching against a batch at a time, under Poisson arrivals: the network of the digits
+preset, classes, DDIM. And what a session itself takes of a step."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from results import OURS
+from torch import Tensor
+
+from ddpm_fast import Sampler, UNet
+from ddpm_fast.training.presets import completed, preset
+
+SHAPE = [1, 8, 8]
+MAX_BATCH = 32
+STEPS = {"of 10 to 100 steps": (10, 20, 50, 100), "of 50 steps": (50,)}
+LOADS = (0.2, 0.4, 0.6, 0.8, 0.9)  # of what full batches of either kind could do
+BATCH = "a batch at a time"
+DEVIATION = 1e-4
+
+
+@pytest.fixture(scope="module")
+def sampler(device: torch.device) -> Sampler:
+    config = completed({"data": {"path": "digits"}, **preset("digits")}, (1, 8, 8), 10)
+    torch.manual_seed(0)
+    model = UNet(config.unet).eval().to(device)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return Sampler(model, config.build_schedule(), method="ddim", num_steps=50)
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """What is asked for, seconds after the beginning."""
+
+    after: float
+    sample_id: int
+    num_steps: int
+
+    @property
+    def kwargs(self) -> dict[str, Tensor]:
+        return {"class_labels": torch.tensor([self.sample_id % 10])}
+
+
+def arrivals(rate: float, count: int, steps: tuple[int, ...], seed: int) -> list[Arrival]:
+    """A Poisson process."""
+    generator = torch.Generator().manual_seed(seed)
+    after = (torch.empty(count).exponential_(rate, generator=generator)).cumsum(0).tolist()
+    which = torch.randint(len(steps), (count,), generator=generator).tolist()
+    return [Arrival(after[i], i, steps[which[i]]) for i in range(count)]
+
+
+class BatchAtATime:
+    """The server that people write: what waits when a batch is done is the next batch, the oldest
+    and those of as many steps."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        self._samplers = {
+            count: Sampler(
+                sampler.model,
+                sampler.schedule,
+                method="ddim",
+                num_steps=count,
+                plan=sampler._planner._plan_of(sampler.model),
+            )
+            for count in {count for steps in STEPS.values() for count in steps}
+        }
+        self._waiting: list[tuple[Arrival, Future[Tensor]]] = []
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._work)
+        self._thread.start()
+
+    def submit(self, arrival: Arrival) -> Future[Tensor]:
+        future: Future[Tensor] = Future()
+        with self._changed:
+            self._waiting.append((arrival, future))
+            self._changed.notify()
+        return future
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while not self._waiting:
+                    if self._closed:
+                        return
+                    self._changed.wait()
+                count = self._waiting[0][0].num_steps
+                batch = [each for each in self._waiting if each[0].num_steps == count][:MAX_BATCH]
+                for each in batch:
+                    self._waiting.remove(each)
+            ids = [arrival.sample_id for arrival, _ in batch]
+            labels = torch.cat([arrival.kwargs["class_labels"] for arrival, _ in batch])
+            images = self._samplers[count].sample(
+                [len(batch), *SHAPE], sample_ids=ids, model_kwargs={"class_labels": labels}
+            )
+            for (_, future), image in zip(batch, images, strict=True):
+                future.set_result(image)
+
+
+class InFlight:
+    """A session."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        self._session = sampler.session(SHAPE, max_batch=MAX_BATCH, max_waiting=1 << 20)
+
+    def submit(self, arrival: Arrival) -> Future[Tensor]:
+        return self._session.submit(
+            sample_id=arrival.sample_id, num_steps=arrival.num_steps, model_kwargs=arrival.kwargs
+        )
+
+    def close(self) -> None:
+        self._session.close()
+
+
+def served(server: Any, asked: list[Arrival]) -> tuple[list[float], float, list[Tensor]]:
+    """Seconds each waited, seconds from the first arrival to the last result, the results."""
+    ends = [0.0] * len(asked)
+    futures = []
+
+    def ended(i: int) -> Callable[[Future[Tensor]], None]:
+        return lambda _: ends.__setitem__(i, time.perf_counter())
+
+    begin = time.perf_counter()
+    for i, arrival in enumerate(asked):
+        wait = begin + arrival.after - time.perf_counter()
+        if wait > 0:
+            time.sleep(wait)
+        future = server.submit(arrival)
+        future.add_done_callback(ended(i))
+        futures.append(future)
+    results = [future.result() for future in futures]
+    latencies = [end - begin - arrival.after for end, arrival in zip(ends, asked, strict=True)]
+    return latencies, max(ends) - begin, results
+
+
+def capacity(sampler: Sampler, steps: tuple[int, ...]) -> float:
+    """Samples a second in full batches."""
+    labels = {"class_labels": torch.arange(MAX_BATCH) % 10}
+    shape = [MAX_BATCH, *SHAPE]
+    sampler.sample(shape, model_kwargs=labels)
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        sampler.sample(shape, model_kwargs=labels)
+        times.append((time.perf_counter() - start) / len(sampler))
+    return MAX_BATCH / (statistics.median(times) * statistics.mean(steps))
+
+
+@pytest.mark.parametrize("kind", STEPS)
+def bench_arrivals(record, sampler, device, kind, request):
+    quick = request.config.getoption("--quick")
+    steps = STEPS[kind]
+    full = capacity(sampler, steps)
+    seconds, loads = (4.0, LOADS[1::2]) if quick else (12.0, LOADS)
+    found: dict[float, dict[str, dict[str, float]]] = {}
+    for load in loads:
+        asked = arrivals(
+            load * full, max(int(load * full * seconds), 20), steps, seed=int(100 * load)
+        )
+        rounds: dict[str, list[dict[str, float]]] = {OURS: [], BATCH: []}
+        images: dict[str, list[Tensor]] = {}
+        for _ in range(1 if quick else 3):
+            for name, server in ((OURS, InFlight), (BATCH, BatchAtATime)):
+                running = server(sampler)
+                latencies, whole, images[name] = served(running, asked)
+                running.close()
+                ordered = sorted(latencies)
+                rounds[name].append(
+                    {
+                        "median": statistics.median(ordered),
+                        "p95": ordered[math.ceil(0.95 * len(ordered)) - 1],
+                        "samples_per_second": len(asked) / whole,
+                    }
+                )
+        for a, b in zip(images[OURS], images[BATCH], strict=True):
+            assert (a - b).abs().max() < DEVIATION  # the same samples
+        found[load] = {
+            name: {key: statistics.median(r[key] for r in each) for key in each[0]}
+            for name, each in rounds.items()
+        }
+        pairs = zip(*rounds.values(), strict=True)
+        record(
+            f"samples {kind}, load {load:.0%}, median latency",
+            64,
+            [dict(zip(rounds, (r["median"] for r in pair), strict=True)) for pair in pairs],
+            arrivals_per_second=round(rate, 1),
+            p95_milliseconds={name: round(1e3 * v["p95"], 2) for name, v in found[load].items()},
+            samples_per_second={
+                name: round(v["samples_per_second"], 1) for name, v in found[load].items()
+            },
+        )
+
+
+@pytest.mark.parametrize("count", [1, 8, 32])
+def bench_overhead(record, sampler, device, count, request):
+    """A step of ``count`` samples at a time: of a session's, all of whose costs it bears, and of
+    ``sample``'s."""
+    labels = [{"class_labels": torch.tensor([i % 10], device=device)} for i in range(count)]
+    together = {"class_labels": torch.cat([kwargs["class_labels"] for kwargs in labels])}
+    session = sampler.session(SHAPE, max_batch=count)
+
+    def in_session() -> Tensor:
+        handles = [session.submit(sample_id=i, model_kwargs=labels[i]) for i in range(count)]
+        return torch.stack([handle.result() for handle in handles])
+
+    def alone() -> Tensor:
+        return sampler.sample([count, *SHAPE], model_kwargs=together)
+
+    assert (in_session() - alone()).abs().max() < DEVIATION
+    rounds = []
+    deadline = time.perf_counter() + (2.0 if request.config.getoption("--quick") else 10.0)
+    while time.perf_counter() < deadline or len(rounds) < 5:
+        times = {}
+        for name, call in {OURS: in_session, "sample": alone}.items():
+            start = time.perf_counter()
+            call()
+            times[name] = (time.perf_counter() - start) / len(sampler)
+        rounds.append(times)
+    session.close()
+    record(f"a step in a session, batch {count}", 64 * count, rounds)
