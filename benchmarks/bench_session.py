@@ -171,9 +171,8 @@ def bench_arrivals(record, sampler, device, kind, request):
     seconds, loads = (4.0, LOADS[1::2]) if quick else (12.0, LOADS)
     found: dict[float, dict[str, dict[str, float]]] = {}
     for load in loads:
-        asked = arrivals(
-            load * full, max(int(load * full * seconds), 20), steps, seed=int(100 * load)
-        )
+        rate = load * full
+        asked = arrivals(rate, max(int(rate * seconds), 20), steps, seed=int(100 * load))
         rounds: dict[str, list[dict[str, float]]] = {OURS: [], BATCH: []}
         images: dict[str, list[Tensor]] = {}
         for _ in range(1 if quick else 3):

@@ -146,14 +146,17 @@ def bench_trajectory(record, model, count, request):
 @pytest.mark.parametrize("count", [1, 256])
 def bench_steps_a_graph(record, model, count, monkeypatch):
     """One, four and sixteen steps a graph."""
-    candidates = {}
-    for steps in (1, 4, 16):
 
-        def call(steps=steps, sampled=ours(model, count)) -> Tensor:
+    def with_steps(steps: int) -> Callable[[], Tensor]:
+        sampled = ours(model, count)
+
+        def call() -> Tensor:
             monkeypatch.setattr(graph, "STEPS", steps)
             return sampled()
 
-        candidates[OURS if steps == 1 else f"{steps} a graph"] = call
+        return call
+
+    candidates = {OURS if n == 1 else f"{n} a graph": with_steps(n) for n in (1, 4, 16)}
     expected = candidates[OURS]()
     for name, call in candidates.items():
         torch.testing.assert_close(call(), expected, rtol=0, atol=0, msg=name)
