@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import DTYPES, no_gpu
+from helpers import DTYPES
 from test_engine import DIFFUSERS, OURS, model_of
 from unet_weights import gap
 
@@ -224,45 +223,3 @@ def test_from_several_threads(monkeypatch):
     for thread in threads:
         thread.join()
     assert not wrong
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(no_gpu(), reason="no GPU")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["ho", "classes", "guided"])
-def test_one_graph_serves_all_rows(name, dtype):
-    model = model_of(name)
-    plan = prepare(copy.deepcopy(model).cuda(), dtype=dtype)
-    trajectory, x = plan.trajectory(range(999, -1, -1)), images(model).cuda()
-    for labels in labels_of(model, "cuda"):
-        for shape in ((1,), (COUNT,)):
-            row = torch.zeros(shape, dtype=torch.int64, device="cuda")
-            torch.cuda.synchronize()
-            with torch.cuda.stream(torch.cuda.Stream()):
-                trajectory.step(row, x, labels)
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                output = trajectory.step(row, x, labels)
-            for number in (999, 3, 64):
-                row.fill_(number)
-                graph.replay()
-                assert torch.equal(output, trajectory.step(row, x, labels))
-                if shape == (1,):
-                    assert torch.equal(output, trajectory.step(number, x, labels))
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(no_gpu(), reason="no GPU")
-def test_samples_at_several_rows_wait_for_nothing_on_a_gpu():
-    model = model_of("classes")
-    plan, x = prepare(copy.deepcopy(model).cuda()), images(model).cuda()
-    places = places_of(plan)
-    for labels in labels_of(model, "cuda"):
-        expected = mixed_step(places, x, labels)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            found = mixed_step(places, x, labels)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        assert torch.equal(found, expected)
