@@ -253,9 +253,7 @@ class Group:
         for i in sorted(places, reverse=True):
             flyer = self.flyers[i]
             self._lanes.give_back(flyer.lane)
-            # A handle that is kept keeps neither a plan nor arguments alive
-            del flyer.lane, flyer.signature
-            flyer.kwargs, flyer.uncond_kwargs = {}, None
+            del flyer.lane, flyer.signature  # a handle that is kept keeps no plan alive
             last = self.flyers.pop()
             if i < len(self.flyers):
                 self.flyers[i] = last

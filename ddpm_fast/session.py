@@ -345,7 +345,9 @@ class Session:
                 handle._delivered = True
                 handle.set_result(x.to(self._flight.device))
                 with self._changed:
-                    self._finished[handle] = None
+                    promise = self._offered(handle)
+                if promise is not None:
+                    promise.set_result(handle)
         return handles
 
     @contextlib.contextmanager
@@ -593,11 +595,11 @@ class Session:
                     handle._delivered = True
                     del self._running[handle]
                     ready.append((handle, each))
-            self._ending = len(ready)
+            self._ending += len(ready)  # a callback that saves lets others land
         failure = _settle((handle, each.result) for handle, each in ready)
         with self._changed:
             given = [(self._offered(handle), handle) for handle, _ in ready]
-            self._ending = 0
+            self._ending -= len(ready)
             self._stepping = False
             self._changed.notify_all()
         for promise, handle in given:

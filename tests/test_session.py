@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import random
+import weakref
 from concurrent.futures import wait
 from dataclasses import replace
 
@@ -110,9 +112,9 @@ def test_first_come_first_served():
         assert (session.running, session.waiting) == (1, 4)
         gate.open()
         order = [handles.index(handle) for handle in session]
-    # In the batch: 0, 01, 12, 13, 34, 3
-    assert gate.sizes == [1, 2, 2, 2, 2, 1]
-    assert order == [0, 2, 1, 4, 3]
+    # In the batch: 0, 01, 12, 13, 34
+    assert gate.sizes == [1, 2, 2, 2, 2]
+    assert order == [0, 2, 1, 3, 4]
     assert [handle.step for handle in handles] == [2, 3, 1, 2, 1]
 
 
@@ -322,12 +324,22 @@ def test_what_was_asked_may_be_changed_afterwards():
     assert torch.equal(second.result(0), expected)
 
 
-def test_copies_of_a_plan_s_memory_are_not_kept_by_results():
-    make = maker(unet())
-    handle = make().session(IMAGE, max_batch=2).submit(model_kwargs={})
-    handle.result(SECONDS)
-    assert not hasattr(handle._flyer, "lane")
-    assert torch.equal(copy.deepcopy(handle.result()), handle.result())
+def test_results_keep_no_plan_alive():
+    sampler = maker(unet())()
+    session = sampler.session(IMAGE, max_batch=2)
+    with session:
+        handles = [session.submit(sample_id=i, num_steps=2 + i) for i in range(3)]
+        thread = session._thread
+        handles[2].result(SECONDS)
+    assert len(list(session)) == 2
+    results = [handle.result() for handle in handles]
+    thread.join(SECONDS)
+    plan = weakref.ref(sampler._planner._made)
+    assert plan() is not None
+    del session, sampler
+    gc.collect()
+    assert plan() is None
+    assert [handle.result() is x for handle, x in zip(handles, results, strict=True)] == [True] * 3
 
 
 def test_many_lengths_at_once(monkeypatch):
