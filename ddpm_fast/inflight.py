@@ -56,9 +56,13 @@ class Flyer:
 
     def __post_init__(self) -> None:
         # Those who ask may change their containers afterwards
-        self.kwargs, self.uncond_kwargs = map(
-            conditioning.copied, (self.kwargs, self.uncond_kwargs)
-        )
+        try:
+            self.kwargs = conditioning.copied(self.kwargs)
+            self.uncond_kwargs = conditioning.copied(self.uncond_kwargs)
+        except RecursionError:
+            raise ValueError(
+                "model_kwargs or uncond_kwargs hold themselves, or are nested too deeply"
+            ) from None
         self.signature = conditioning.signature((self.kwargs, self.uncond_kwargs))
 
 
