@@ -25,7 +25,7 @@ KIND = "sample"
 class Keeper:
     """Saves the states of a trajectory, and sets it to the state that was saved.
 
-    While entered, it holds the folder; tell it of each step by :meth:`after`. It keeps a copy of
+    While entered, it holds the folder, unless the call is done already; tell it of each step by :meth:`after`. It keeps a copy of
     the last state: one that an exception leaves half changed is not saved.
 
     Args:
@@ -60,13 +60,15 @@ class Keeper:
         self.taken = 0
 
     def __enter__(self) -> Keeper:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(self._states)
-            self._take_up()
-            self.taken = len(self._rows) - len(self._run.rows)
-            if self._run.rows:  # now, not after many steps, is to be told what cannot be written
-                self._write(self._run.rows.start, self._run.x)
-            stack.pop_all()
+        self._take_up()
+        if self._run.rows:  # else nothing is written: any number of processes may read the result
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(self._states)
+                self._take_up()  # again: whoever held the folder may have gone on
+                if self._run.rows:  # to be told now, not after many steps, of what cannot be done
+                    self._write(self._run.rows.start, self._run.x)
+                stack.pop_all()
+        self.taken = len(self._rows) - len(self._run.rows)
         return self
 
     def _take_up(self) -> None:

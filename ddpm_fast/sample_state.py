@@ -50,7 +50,7 @@ def check_same(
         ValueError: it is of something else; in what they differ.
     """
     differences = [
-        f"{name} is {_shown(there, name)} there and {_shown(here, name)} here"
+        f"{name}: {_shown(there, name)} there, {_shown(here, name)} here"
         for name in {**here, **there}
         if name not in there or name not in here or there[name] != here[name]
     ]

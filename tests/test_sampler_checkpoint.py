@@ -275,7 +275,7 @@ def test_other_callables_are_known_by_name(tmp_path):
     with pytest.raises(Stop):
         sampler_of(zero).sample(SHAPE, checkpoint=tmp_path, callback=stops_at(3))
     assert torch.equal(sampler_of(zero).sample(SHAPE, checkpoint=tmp_path), expected)
-    with pytest.raises(ValueError, match=r"model is .*zero there and .*<lambda> here"):
+    with pytest.raises(ValueError, match=r"model: .*zero there, .*<lambda> here"):
         sampler_of(lambda x, t: x).sample(SHAPE, checkpoint=tmp_path)
 
 

@@ -25,9 +25,9 @@ from test_sampler_checkpoint import (
 from test_states import count_to
 from torch import nn
 
-from ddpm_fast import NoiseSchedule, Sampler, UNet, UNetConfig, prepare, randn
+from ddpm_fast import NoiseSchedule, Sampler, UNet, UNetConfig, prepare, randn, states
 from ddpm_fast.locking import InUseError
-from ddpm_fast.states import write_state
+from ddpm_fast.states import StateFolder, write_state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -53,66 +53,66 @@ Y, Z = torch.tensor([0, 1, 2]), torch.tensor([0, 1, 3])
 GUIDED = {"model_kwargs": {"y": Y}, "uncond_kwargs": {"y": Z}}
 # What differs, as the error names it; the Sampler's and sample()'s arguments, here and there
 DIFFERENCES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any]]] = [
-    ("shape is [3, 2, 8, 8] there and [2, 2, 8, 8] here", {}, {}, {}, {"shape": [2, 2, 8, 8]}),
-    ("seed is 0 there and 1 here", {}, {}, {}, {"seed": 1}),
-    ("seed is int64 [3], SHA-256", {}, {"seed": Y}, {}, {"seed": Z}),
-    ("sample_ids is int64 [3], SHA-256", {}, {"sample_ids": Y}, {}, {"sample_ids": [0, 1, 3]}),
-    ("sample_ids is None there and int64 [3]", {}, {}, {}, {"sample_ids": [7, 8, 9]}),
-    ("x_T is float32 [3, 2, 8, 8], SHA-256", {}, {"x_T": X_T}, {}, {"x_T": X_T + 1}),
-    ("x_T is None there and float32", {}, {}, {}, {"x_T": randn(SHAPE, seed=0)}),
+    ("shape: [3, 2, 8, 8] there, [2, 2, 8, 8] here", {}, {}, {}, {"shape": [2, 2, 8, 8]}),
+    ("seed: 0 there, 1 here", {}, {}, {}, {"seed": 1}),
+    ("seed: int64 [3], SHA-256", {}, {"seed": Y}, {}, {"seed": Z}),
+    ("sample_ids: int64 [3], SHA-256", {}, {"sample_ids": Y}, {}, {"sample_ids": [0, 1, 3]}),
+    ("sample_ids: None there, int64 [3]", {}, {}, {}, {"sample_ids": [7, 8, 9]}),
+    ("x_T: float32 [3, 2, 8, 8], SHA-256", {}, {"x_T": X_T}, {}, {"x_T": X_T + 1}),
+    ("x_T: None there, float32", {}, {}, {}, {"x_T": randn(SHAPE, seed=0)}),
     ("channels_last here", {}, {"x_T": X_T}, {},
      {"x_T": X_T.contiguous(memory_format=torch.channels_last)}),
-    ("start is 0 there and 1 here", {}, {"x_T": X_T}, {}, {"x_T": X_T, "start": 1}),
-    ("the timesteps is 88 … 0, int64 [12]", {}, {}, {"num_steps": 10}, {}),
-    ("the timesteps is", {"timesteps": TIMESTEPS}, {}, {"timesteps": [91, *TIMESTEPS[1:]]}, {}),
-    ("the schedule's betas is float64 [100]", {}, {},
+    ("start: 0 there, 1 here", {}, {"x_T": X_T}, {}, {"x_T": X_T, "start": 1}),
+    ("the timesteps: 88 … 0, int64 [12]", {}, {}, {"num_steps": 10}, {}),
+    ("the timesteps:", {"timesteps": TIMESTEPS}, {}, {"timesteps": [91, *TIMESTEPS[1:]]}, {}),
+    ("the schedule's betas: float64 [100]", {}, {},
      {"schedule": NoiseSchedule.cosine(100)}, {}),
-    ("prediction is epsilon there and sample here", {}, {}, {"prediction": "sample"}, {}),
-    ("variance is fixed_small there and fixed_large", {}, {}, {"variance": "fixed_large"}, {}),
-    ("method is ddpm there and ddim here", {}, {}, {"method": "ddim"}, {}),
-    ("eta is 0.0 there and 0.5 here", {"method": "ddim"}, {}, {"method": "ddim", "eta": 0.5}, {}),
-    ("eps_source is x0 there and model here", {"method": "ddim"}, {},
+    ("prediction: epsilon there, sample here", {}, {}, {"prediction": "sample"}, {}),
+    ("variance: fixed_small there, fixed_large", {}, {}, {"variance": "fixed_large"}, {}),
+    ("method: ddpm there, ddim here", {}, {}, {"method": "ddim"}, {}),
+    ("eta: 0.0 there, 0.5 here", {"method": "ddim"}, {}, {"method": "ddim", "eta": 0.5}, {}),
+    ("eps_source: x0 there, model here", {"method": "ddim"}, {},
      {"method": "ddim", "eps_source": "model"}, {}),
-    ("clip is (-1.0, 1.0) there and (-1.0, 2.0) here", {}, {}, {"clip": (-1, 2)}, {}),
-    ("clip is (-1.0, 1.0) there and None here", {}, {}, {"clip": None}, {}),
-    ("dynamic_threshold is None there and 0.9 here", {}, {}, {"dynamic_threshold": 0.9}, {}),
-    ("denoised_fn is None there and a function here", {}, {}, {"denoised_fn": torch.tanh}, {}),
-    ("guidance_scale is 2.0 there and 3.0", {"guidance_scale": 2}, GUIDED,
+    ("clip: (-1.0, 1.0) there, (-1.0, 2.0) here", {}, {}, {"clip": (-1, 2)}, {}),
+    ("clip: (-1.0, 1.0) there, None here", {}, {}, {"clip": None}, {}),
+    ("dynamic_threshold: None there, 0.9 here", {}, {}, {"dynamic_threshold": 0.9}, {}),
+    ("denoised_fn: None there, a function here", {}, {}, {"denoised_fn": torch.tanh}, {}),
+    ("guidance_scale: 2.0 there, 3.0", {"guidance_scale": 2}, GUIDED,
      {"guidance_scale": 3.0}, GUIDED),
-    ("guidance_scale is 2.0 there and float32 [3], SHA", {"guidance_scale": 2}, GUIDED,
+    ("guidance_scale: 2.0 there, float32 [3], SHA", {"guidance_scale": 2}, GUIDED,
      {"guidance_scale": torch.tensor([2.0, 2.0, 3.0])}, GUIDED),
-    ("uncond_kwargs['y'] is int64 [3], SHA", {"guidance_scale": 2}, GUIDED,
+    ("uncond_kwargs['y']: int64 [3], SHA", {"guidance_scale": 2}, GUIDED,
      {"guidance_scale": 2}, {**GUIDED, "uncond_kwargs": {"y": Y}}),
-    ("model_timesteps is None there and int64 [100]", {}, {},
+    ("model_timesteps: None there, int64 [100]", {}, {},
      {"model_timesteps": list(range(100))}, {}),
-    ("model_kwargs['y'] is int64 [3], SHA-256", {}, {"model_kwargs": {"y": Y}}, {},
+    ("model_kwargs['y']: int64 [3], SHA-256", {}, {"model_kwargs": {"y": Y}}, {},
      {"model_kwargs": {"y": Z}}),
-    ("model_kwargs['y'] is absent there and", {}, {}, {}, {"model_kwargs": {"y": Y}}),
-    ("model_kwargs['a'] is 1 there and True here", {}, {"model_kwargs": {"a": 1}}, {},
+    ("model_kwargs['y']: absent there,", {}, {}, {}, {"model_kwargs": {"y": Y}}),
+    ("model_kwargs['a']: 1 there, True here", {}, {"model_kwargs": {"a": 1}}, {},
      {"model_kwargs": {"a": True}}),
-    ("model_kwargs['a'] is [1, 2.0] there and [1, 2] here", {}, {"model_kwargs": {"a": [1, 2.0]}},
+    ("model_kwargs['a']: [1, 2.0] there, [1, 2] here", {}, {"model_kwargs": {"a": [1, 2.0]}},
      {}, {"model_kwargs": {"a": [1, 2]}}),
-    ("model_kwargs['a'] is {'b': 'c'} there and {'b': 'd'}", {},
+    ("model_kwargs['a']: {'b': 'c'} there, {'b': 'd'}", {},
      {"model_kwargs": {"a": {"b": "c"}}}, {}, {"model_kwargs": {"a": {"b": "d"}}}),
-    ("the model's weights is 6 tensors", {"model": of_seed(0)}, {}, {"model": of_seed(1)}, {}),
-    ("the model's weights is", {}, {}, {"model": Net().eval().half()}, {}),
-    ("the model's dtype is torch.float32 there and torch.bfloat16 here", {}, {},
+    ("the model's weights: 6 tensors", {"model": of_seed(0)}, {}, {"model": of_seed(1)}, {}),
+    ("the model's weights:", {}, {}, {"model": Net().eval().half()}, {}),
+    ("the model's dtype: torch.float32 there, torch.bfloat16 here", {}, {},
      {"model": Net().eval().bfloat16()}, {}),
-    ("model is Net there and Net.forward here", {}, {}, {"model": Net().eval().forward}, {}),
-    ("model is Net there and Net, in training mode here", {}, {}, {"model": Net()}, {}),
-    ("the model's config is {'attention_res", {"model": of_heads(1)}, {},
+    ("model: Net there, Net.forward here", {}, {}, {"model": Net().eval().forward}, {}),
+    ("model: Net there, Net, in training mode here", {}, {}, {"model": Net()}, {}),
+    ("the model's config: {'attention_res", {"model": of_heads(1)}, {},
      {"model": of_heads(2)}, {}),
-    ("the plan is channels_last", {"model": unet()}, {}, {"model": unet(), "plan": "off"}, {}),
-    ("the plan is channels_last", {"model": unet()}, {},
+    ("the plan: channels_last", {"model": unet()}, {}, {"model": unet(), "plan": "off"}, {}),
+    ("the plan: channels_last", {"model": unet()}, {},
      {"model": unet(), "plan": ["time_table"]}, {}),
-    ("the backend is cpu there and reference here", {}, {}, {"backend": "reference"}, {}),
+    ("the backend: cpu there, reference here", {}, {}, {"backend": "reference"}, {}),
 ]  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore:the model is in training mode")
 @pytest.mark.parametrize(
     ("named", "sampler", "call", "other_sampler", "other_call"), DIFFERENCES,
-    ids=[difference[0].split(" is ")[0] for difference in DIFFERENCES],
+    ids=[difference[0].split(": ")[0] for difference in DIFFERENCES],
 )  # fmt: skip
 def test_another_call_is_refused(tmp_path, named, sampler, call, other_sampler, other_call):
     def sample(arguments, call, **more):
@@ -163,7 +163,7 @@ def test_equal_arguments_are_the_same_call(tmp_path):
     found = sampler_of(clip=(-1.0, 1.0)).sample(SHAPE, checkpoint=tmp_path, model_kwargs=again)
     assert torch.equal(found, undisturbed("plain"))
     other = {**EQUAL, "long": [*range(999), 0]}
-    with pytest.raises(ValueError, match=r"model_kwargs\['long'\] is \[0, 1, .*SHA-256"):
+    with pytest.raises(ValueError, match=r"model_kwargs\['long'\]: \[0, 1, .*SHA-256"):
         sampler_of().sample(SHAPE, checkpoint=tmp_path, model_kwargs=other)
 
 
@@ -257,6 +257,15 @@ def test_without_safetensors(tmp_path, monkeypatch):
     with pytest.raises(ImportError, match="pip install safetensors"):
         sampler.sample(SHAPE, checkpoint=tmp_path)
     assert sampler.model.calls == 0
+
+
+def test_what_is_done_is_read_by_any_number(tmp_path):
+    """From a folder that nothing can be written to, or that somebody holds."""
+    expected = sampler_of().sample(SHAPE, checkpoint=tmp_path)
+    with StateFolder(tmp_path, "sample"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(states, "write_bytes", None)
+        patch.setattr(states, "FileLock", None)
+        assert torch.equal(sampler_of().sample(SHAPE, checkpoint=tmp_path), expected)
 
 
 def test_two_at_once(tmp_path):
