@@ -6,34 +6,84 @@ safetensors, which is imported where it is used.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
+import secrets
+import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+try:
+    import fcntl
+except ImportError:  # a system without flock
+    fcntl = None  # type: ignore[assignment]
+
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+_AN_HOUR = 3600.0  # seconds
 
 _Config = TypeVar("_Config")
 
 
 def write_bytes(path: Path, *parts: bytes | memoryview) -> None:
-    """Writes a file whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    """Writes a file whole or not at all.
+
+    Meanwhile it has a name beside ``path`` that no other process takes, on whichever machine, and
+    is locked: :func:`remove_leftover` tells by that whether its process is still there.
+    """
+    written = False
+    while not written:
+        partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+        try:
+            with open(partial, "xb") as file:
+                if fcntl is not None and not _locked(file):
+                    continue  # taken for a leftover in the moment before it was locked
+                file.writelines(parts)
+                file.flush()
+                os.fsync(file.fileno())
+                if fcntl is not None:
+                    os.replace(partial, path)
+            if fcntl is None:  # such systems do not move a file that is open
+                os.replace(partial, path)
+            written = True
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def remove_leftover(partial: Path) -> None:
+    """Removes what :func:`write_bytes` has left half written in a process that was killed.
+
+    A file that a process is writing stays, and so does one that cannot be removed. Where the file
+    system has no locks, that is one of the last hour.
+    """
+    with contextlib.suppress(OSError), open(partial, "r+b") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return
+            except OSError:
+                if time.time() - os.fstat(file.fileno()).st_mtime < _AN_HOUR:
+                    return
+        partial.unlink()
+
+
+def _locked(file: IO[bytes]) -> bool:
+    """Locks a file; whether it still has a name then."""
     try:
-        with open(partial, "wb") as file:
-            file.writelines(parts)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # the file system has no locks
+        return True
+    return os.fstat(file.fileno()).st_nlink > 0
 
 
 def sync_folder(folder: Path) -> None:

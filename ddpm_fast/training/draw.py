@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -19,17 +20,15 @@ import torch
 from torch import Tensor
 
 from ..nn import UNet
-from ..nn.checkpoint import write_bytes
-from ..progress import bar
+from ..progress import job
 from ..sampler import Sampler
 from ..schedule import Method, NoiseSchedule, Prediction, Spacing, Variance
 from .checkpoints import LoadedModel
-from .images import shown
-from .pictures import grid, png, png_text, read_png, to_uint8
+from .drawn_folder import DrawnFolder, Share
+from .pictures import to_uint8
 
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-GRID_IMAGES = 100
 _WRITERS = 4
 
 
@@ -175,19 +174,19 @@ class Artist:
         return digest.hexdigest()
 
 
-def name_of(sample_id: int) -> str:
-    """Of an image's file.
+@dataclass(frozen=True)
+class Drawn:
+    """What a process has drawn.
 
-    >>> name_of(4711)
-    '004711.png'
+    Attributes:
+        images: how many.
+        seconds: that they took.
+        beyond: images that the folder holds of numbers from ``num`` on.
     """
-    return f"{sample_id:06d}.png"
 
-
-def count_beyond(out: Path, num: int) -> int:
-    """How many image files of numbers from ``num`` on a folder holds."""
-    numbers = (path.stem for path in out.glob("[0-9]*.png") if path.stem.isdecimal())
-    return sum(int(number) >= num for number in numbers)
+    images: int
+    seconds: float
+    beyond: int
 
 
 def draw_folder(
@@ -200,84 +199,48 @@ def draw_folder(
     world_size: int = 1,
     overwrite: bool = False,
     progress: bool = False,
-) -> int:
+) -> Drawn:
     """Images 0 … num − 1 as out/000000.png …, and out/grid.png of the first hundred.
 
     Batch k, the images k · batch_size …, is drawn by process k mod world_size, unless all its files
     are there. Each file is written whole or not at all and says in itself what it was drawn with.
     The processes need not know of each other: whichever sees all of the grid's images writes it.
-
-    Returns:
-        How many images this process drew.
+    While a batch is drawn, the one before is written: no more than the two are in memory.
 
     Raises:
-        FileExistsError: ``out`` holds an image drawn with other settings.
+        ValueError: a number out of range.
+        FileExistsError: ``out`` holds an image drawn with other settings, unless ``overwrite``.
         OSError: ``out`` cannot be written.
         FloatingPointError: the model gave NaN.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(out, batch_size, rank, world_size)
-    fingerprint = artist.fingerprint()
-    mine = range(rank * batch_size, num, world_size * batch_size)
-    batches = [range(first, min(first + batch_size, num)) for first in mine]
-    if not overwrite:
-        batches = [ids for ids in batches if not _all_there(out, ids, fingerprint)]
-    drawn = sum(map(len, batches))
+    share = Share(num, batch_size, rank, world_size)
+    folder = DrawnFolder(out, share, artist.fingerprint(), overwrite)
+    shared = world_size > 1
+    what, count = f"process {rank} draws" if shared else "drawing", 0
+    began, there = time.monotonic(), folder.there
     written: list[Future[None]] = []
-    with (
-        bar(progress, drawn, "drawing" if world_size == 1 else f"process {rank}") as shown_bar,
-        ThreadPoolExecutor(_WRITERS) as pool,
-    ):
-        for ids in batches:
-            images = artist.images(ids)
-            for future in written:
-                future.result()
-            written = [
-                pool.submit(_write, out, i, image, fingerprint)
-                for i, image in zip(ids, images, strict=True)
-            ]
-            shown_bar.update(len(ids))
-        for future in written:
-            future.result()
-    shown_ids = range(min(num, GRID_IMAGES))
-    if _all_there(out, shown_ids, fingerprint, others_may_be=overwrite):
-        pixels = torch.stack([read_png(out / name_of(i)) for i in shown_ids])
-        write_bytes(out / "grid.png", grid(pixels))
-    return drawn
+    pool = ThreadPoolExecutor(_WRITERS)
+    try:
+        with job(progress, share.images, there, what, lines=shared) as progress_shown:
+            for ids in folder.to_draw():
+                images = artist.images(ids)
+                _wait(written)
+                written = [
+                    pool.submit(folder.write, i, image)
+                    for i, image in zip(ids, images, strict=True)
+                ]
+                count += len(ids)
+                progress_shown.update(len(ids), folder.there - there)
+                there = folder.there
+            _wait(written)
+    finally:  # whatever stops it, the files that are being written are finished
+        pool.shutdown(cancel_futures=True)
+    seconds = time.monotonic() - began
+    folder.write_grid()
+    return Drawn(count, seconds, folder.beyond)
 
 
-def _remove_leftovers(out: Path, batch_size: int, rank: int, world_size: int) -> None:
-    """What a process that was killed has left half written, of this process's images alone."""
-    for path in out.glob(".*.partial"):
-        stem = path.name[1:].partition(".")[0]
-        mine = stem == "grid" and rank == 0
-        if stem.isdecimal():
-            mine = int(stem) // batch_size % world_size == rank
-        if mine:
-            path.unlink(missing_ok=True)
-
-
-def _write(out: Path, sample_id: int, image: Tensor, fingerprint: str) -> None:
-    write_bytes(out / name_of(sample_id), png(image, _text(sample_id, fingerprint)))
-
-
-def _text(sample_id: int, fingerprint: str) -> str:
-    return json.dumps({"id": sample_id, "drawn_with": fingerprint})
-
-
-def _all_there(
-    out: Path, ids: Sequence[int], fingerprint: str, others_may_be: bool = False
-) -> bool:
-    """Whether all files of these images are there, and none of another model or other settings."""
-    found = 0
-    for i in ids:
-        path = out / name_of(i)
-        if not path.exists():
-            continue
-        if png_text(path) == _text(i, fingerprint):
-            found += 1
-        elif not others_may_be:
-            raise FileExistsError(
-                f"{shown(path)} is there, and was not drawn with this model and these settings"
-            )
-    return found == len(ids)
+def _wait(written: list[Future[None]]) -> None:
+    """Until the files are written; what went wrong with one is raised."""
+    for future in written:
+        future.result()
