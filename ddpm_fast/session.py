@@ -271,14 +271,14 @@ class Session:
         Args:
             cancel: gives up those that are not; their ``result`` raises SessionClosed.
         """
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-        if cancel:
-            self._give_up()
-        if self._is_own_thread():
-            return  # a callback of a handle's: the thread cannot wait for itself
         try:
+            with self._changed:
+                self._closed = True
+                self._changed.notify_all()
+            if cancel:
+                self._give_up()
+            if self._is_own_thread():
+                return  # a callback of a handle's: the thread cannot wait for itself
             with self._changed:
                 while self._waiting or self._running or self._stepping:
                     self._changed.wait()
