@@ -1,21 +1,35 @@
-"""Warnings at the line outside of the package that led here, through generators and contexts."""
+"""Lines outside of the package: whoever called it, and what it called."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
+import traceback
 import warnings
 from pathlib import Path
 
 import torch
 
-# Of files whose lines are not the caller's: ours, and what runs our generators.
-_PASSED = (str(Path(__file__).parent), str(Path(torch.__file__).parent), contextlib.__file__)
+# Neither: ours, and what runs our generators and the operations.
+_PASSED = (
+    f"{Path(__file__).parent}{os.sep}",
+    f"{Path(torch.__file__).parent}{os.sep}",
+    contextlib.__file__,
+)
 
 
 def warn_caller(message: str) -> None:
-    """A UserWarning."""
+    """A UserWarning at the line that led here, through generators and contexts."""
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_PASSED):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, stacklevel=level)
+
+
+def place_of(error: BaseException) -> str:
+    """The innermost line that an error passed; "" if all were the package's and PyTorch's."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not frame.filename.startswith(_PASSED):
+            return f"{frame.filename}, line {frame.lineno}: {frame.line}"
+    return ""

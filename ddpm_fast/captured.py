@@ -29,10 +29,12 @@ WARM_UPS = 3
 
 
 @contextlib.contextmanager
-def _without_autocast_cache() -> Iterator[None]:
+def _without_autocast_cache(device: torch.device) -> Iterator[None]:
     """Its copies of weights do not live as long as a graph that reads them."""
-    before = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
+    kind, before = device.type, torch.is_autocast_cache_enabled()
+    used = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    if used:  # otherwise what torch.compile has made would not be met
+        torch.set_autocast_cache_enabled(False)
     try:
         yield
     finally:
@@ -93,17 +95,21 @@ class CapturedStep:
             self._load(run, run.x, run.rows.start)
             self._step(run, run.model)
 
-        with _without_autocast_cache():
+        with _without_autocast_cache(run.x.device):
             for _ in range(WARM_UPS - 1):
                 self._recorder.aside(warm)
 
-    @_without_autocast_cache()
     def record(self, run: Run) -> None:
         """Records it, after a last one that is watched.
 
         Raises:
             UncapturableError: an operation that no graph can hold.
         """
+        with _without_autocast_cache(run.x.device):
+            self._rehearse(run)
+            self._record(run)
+
+    def _rehearse(self, run: Run) -> None:
         first = run.rows.start
         rehearsal = Rehearsal(run.x.device)
 
@@ -115,19 +121,21 @@ class CapturedStep:
         # The last, as nothing is compiled under its modes
         try:
             self._recorder.aside(rehearse)
-        except Exception:
-            if not rehearsal.hindrance:
+        except Exception as error:
+            if not rehearsal.hindrance or isinstance(error, UncapturableError):
                 raise
-        if rehearsal.hindrance:  # perhaps the model went another way then
+        if rehearsal.hindrance:  # and the model went another way then
             raise UncapturableError(rehearsal.hindrance)
         self._keeps.append(rehearsal.read)
-        self._load(run, run.x, first)
+
+    def _record(self, run: Run) -> None:
+        self._load(run, run.x, run.rows.start)
         outputs: list[Tensor] = []
         model = _noting(run, outputs)
         self._one = self._recorder.record(lambda: self._step(run, model))
         self._outputs = outputs
         self._many = None
-        if self.steps > 1 and not self.every_state:
+        if 1 < self.steps <= len(run.rows) and not self.every_state:
 
             def several() -> None:
                 for _ in range(self.steps):
@@ -224,6 +232,7 @@ class CapturedStep:
         """Takes a trajectory's steps, as Run.steps yields them, from ``run.row`` on; not to the end
         where who got a state changed what is captured."""
         first, end = run.row, run.rows.stop
+        self._looked = first
         self._load(run, run.x, first)
         while run.row < end:
             if self.every_state and run.row > first:
@@ -253,9 +262,10 @@ class CapturedStep:
                     self._load(run, run.x, run.row)
                     self._one.replay()
                     return True
+                before, self._looked = self._looked, run.row
                 if self._agrees(run, run.row, run.x):
                     return True
-                if done > 1:
+                if run.row - before > 1:
                     warn_caller(
                         "the model has changed while a trajectory was under way: steps before step "
                         f"{run.row} may have been taken by it as it was at the beginning; "

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Hashable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from .callers import warn_caller
+from .callers import place_of, warn_caller
 from .capture_key import Key, Same, UnsuitedError, key_of
 from .captured import CapturedStep
 from .nn.memory import within_memory
@@ -172,13 +172,14 @@ def _attempt(run: Run, key: Key, every_state: bool) -> tuple[CapturedStep | None
     try:
         within_memory("a captured step", make)
         return made[0], "", False
-    except UncapturableError as error:
-        why, for_good = f"the model's step cannot be captured: {error}", True
     except MemoryError as error:
-        why, for_good = str(error), False
+        return None, str(error), False
     except Exception as error:
         if not made:
             raise  # of the model's, which comes without a capture, too
-        said = f"{type(error).__name__}: {error}".split("\n")[0]
-        why, for_good = f"the model's step cannot be captured: {said}", True
-    return None, why, for_good
+        said = str(error).split("\n")[0]
+        if not isinstance(error, UncapturableError):
+            said = f"{type(error).__name__}: {said}"
+        place = place_of(error)
+        said = f"{said} ({place})" if place else said
+    return None, f"the model's step cannot be captured: {said}", True

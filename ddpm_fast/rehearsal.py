@@ -6,12 +6,10 @@ has a mode that refuses what waits, ``torch.cuda.set_sync_debug_mode``, but for 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -25,7 +23,7 @@ class UncapturableError(Exception):
     """An operation that no graph can hold, named."""
 
 
-class Rehearsal:
+class Rehearsal(TorchDispatchMode):
     """Watches the step that is taken inside it.
 
     Attributes:
@@ -34,52 +32,44 @@ class Rehearsal:
     """
 
     def __init__(self, device: torch.device) -> None:
+        super().__init__()
         self.device, self.hindrance = device, ""
         self.read: dict[int, torch.UntypedStorage] = {}
-        self._operations, self._functions = _Operations(self), _Functions(self)
-
-    def __enter__(self) -> Rehearsal:
-        self._functions.__enter__()
-        self._operations.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._operations.__exit__(*error)
-        self._functions.__exit__(*error)
-
-    def has(self, tensor: Tensor) -> bool:
-        """Whether it lies where the step is taken."""
-        return tensor.device == self.device
-
-    def refuse(self, name: str, why: str) -> None:
-        said = f"{name.replace('::', '.')}, {why}"
-        self.hindrance = self.hindrance or said
-        raise UncapturableError(said)
-
-
-class _Operations(TorchDispatchMode):
-    def __init__(self, owner: Rehearsal) -> None:
-        super().__init__()
-        self._owner = owner
         self._made: set[int] = set()
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True  # torch.compile would never again compile what it meets under another mode
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> object:
-        kwargs = kwargs or {}
-        given, name = _tensors((args, kwargs)), func._schema.name
-        owner = self._owner
-        if why := _why_not(func, name, args, [t for t in given if owner.has(t)]):
-            owner.refuse(name, why)
+        kwargs, name = kwargs or {}, func._schema.name
+        with self:  # what it is made of, if it is made of others
+            made = func.decompose(*args, **kwargs)
+        if made is not NotImplemented:
+            return made
+        given = _tensors((args, kwargs))
+        if why := _why_not(func, name, args, [t for t in given if self._has(t)]):
+            self._refuse(name, why)
         made = func(*args, **kwargs)
         found = _tensors(made)
         for tensor in (*given, *found):
-            if not owner.has(tensor) and tensor.device.type not in ("cpu", "meta"):
-                owner.refuse(name, f"which is of {tensor.device}")
+            if not self._has(tensor) and tensor.device.type not in ("cpu", "meta"):
+                self._refuse(name, f"which is of {tensor.device}")
         if name in _COPIES and len({t.device for t in (*given, *found) if t.numel()}) > 1:
-            owner.refuse(name, WAITS if owner.has(given[-1]) else FROM_HOST)
+            self._refuse(name, WAITS if self._has(given[-1]) else FROM_HOST)
         self._note(given, found)
         return made
+
+    def _has(self, tensor: Tensor) -> bool:
+        """Whether it lies where the step is taken."""
+        return tensor.device == self.device
+
+    def _refuse(self, name: str, why: str) -> None:
+        said = f"{name.replace('::', '.')}, {why}"
+        self.hindrance = self.hindrance or said
+        raise UncapturableError(said)
 
     def _note(self, given: list[Tensor], found: list[Tensor]) -> None:
         for tensors, ours in ((given, False), (found, True)):
@@ -89,44 +79,12 @@ class _Operations(TorchDispatchMode):
                 except (NotImplementedError, RuntimeError):  # a tensor without one
                     continue
                 place = storage._cdata
-                if place in self._made or place in self._owner.read:
+                if place in self._made or place in self.read:
                     continue
                 if ours:
                     self._made.add(place)
                 else:
-                    self._owner.read[place] = storage
-
-
-class _Functions(TorchFunctionMode):
-    """Sees what goes past the operations."""
-
-    def __init__(self, owner: Rehearsal) -> None:
-        super().__init__()
-        self._owner = owner
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> object:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", str(func))
-        owner = self._owner
-        if func in _TO_PYTHON and any(map(owner.has, _tensors(args))):
-            owner.refuse(f"Tensor.{name}", WAITS)
-        made = func(*args, **kwargs)
-        from_host = func in _FROM_PYTHON and owner.device.type != "cpu" and owner.has(made)
-        if from_host and not any(map(owner.has, _tensors((args, kwargs)))):
-            owner.refuse(f"torch.{name}", FROM_HOST)
-        return made
-
-
-_TO_PYTHON: tuple[Callable[..., Any], ...] = (Tensor.tolist, Tensor.numpy)
-_FROM_PYTHON: tuple[Callable[..., Any], ...] = (
-    torch.tensor,
-    torch.as_tensor,
-    torch.asarray,
-    torch.from_numpy,
-    Tensor.new_tensor,
-)
+                    self.read[place] = storage
 
 
 def _tensors(value: object) -> list[Tensor]:

@@ -1,5 +1,5 @@
-"""What CUDA graphs do, done with CPU tensors: operations are recorded with the very memory that they
-read and write, and played again without anything of Python.
+"""What CUDA graphs do, done with CPU tensors: operations are recorded with the very memory that
+they read and write, and played again without anything of Python.
 
 A recording holds every operation that reaches PyTorch's dispatcher. As in a capture nothing is
 computed while it is made, memory that it takes is its own, and what would wait for the device is an
@@ -8,14 +8,14 @@ error.
 
 from __future__ import annotations
 
-import contextlib
 import threading
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 ERROR = "operation not permitted when stream is capturing"
 
@@ -28,11 +28,15 @@ def place(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
+def alias(value):
+    return value.detach() if isinstance(value, Tensor) else value
+
+
 class HostRecorder:
     """In the place of recorder.CudaRecorder. Class attributes count what was asked for."""
 
-    recordings: list[HostGraph] = []
-    marks = 0
+    recordings: ClassVar[list[HostGraph]] = []
+    marks: ClassVar[int] = 0
 
     def __init__(self, device: torch.device) -> None:
         assert device.type == "cpu"
@@ -92,9 +96,15 @@ class _Tape(TorchDispatchMode):
         self.made: dict[int, Tensor] = {}
         self.before: dict[int, tuple[Tensor, Tensor]] = {}
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        dynamic = torch.Tag.dynamic_output_shape in func.tags and "aten.index" not in str(func)
+        dynamic = torch.Tag.dynamic_output_shape in func.tags
+        if func is torch.ops.aten.index.Tensor:
+            dynamic = any(index.dtype == torch.bool for index in tensors(args[1]))
         if dynamic or torch.Tag.data_dependent_output in func.tags:
             raise RuntimeError(ERROR)
         given = tensors((args, kwargs))
@@ -106,7 +116,8 @@ class _Tape(TorchDispatchMode):
         for tensor in tensors(made):
             if place(tensor) not in known:
                 self.made[place(tensor)] = tensor
-        self.operations.append((func, args, kwargs, made))
+        # By their memory: a graph does not know that a tensor is given another
+        self.operations.append((func, *tree_map(alias, (args, kwargs, made))))
         return made
 
     def keep(self, tensor: Tensor) -> None:
@@ -132,12 +143,3 @@ class _Refusals(TorchFunctionMode):
         if func in (Tensor.tolist, Tensor.numpy, Tensor.__bool__, Tensor.__int__):
             raise RuntimeError(ERROR)
         return func(*args, **(kwargs or {}))
-
-
-@contextlib.contextmanager
-def counted():
-    """The replays that are done inside."""
-    before = sum(graph.replays for graph in HostRecorder.recordings)
-    done: list[int] = []
-    yield done
-    done.append(sum(graph.replays for graph in HostRecorder.recordings) - before)
