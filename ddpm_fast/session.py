@@ -221,6 +221,8 @@ class Session:
         for name, kwargs in (("model_kwargs", model_kwargs), ("uncond_kwargs", uncond_kwargs)):
             if kwargs is not None and not isinstance(kwargs, Mapping):
                 raise TypeError(f"{name} must be a mapping; got {type(kwargs).__name__}")
+            if kwargs and not all(isinstance(key, str) for key in kwargs):
+                raise TypeError(f"{name} must have names as keys; got {list(kwargs)}")
         flyer = Flyer(
             as_int("seed", seed, 1 << 64),
             as_int("sample_id", sample_id, 1 << 63),
@@ -644,9 +646,13 @@ def _at_least(name: str, value: object, least: int) -> int:
 def _finite(scale: object) -> float:
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"guidance_scale must be a number; got {scale!r}")
-    if not math.isfinite(scale):
-        raise ValueError(f"guidance_scale must be finite; got {scale}")
-    return float(scale)
+    try:
+        number = float(scale)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"guidance_scale must be finite; got {number}")
+    return number
 
 
 _SESSIONS: weakref.WeakSet[Session] = weakref.WeakSet()
