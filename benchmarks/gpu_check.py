@@ -118,6 +118,7 @@ GPU_TESTS = [
     "tests/test_gpu_integrations.py",
     "tests/test_gpu_group_norm_silu.py",
     "tests/test_gpu_engine.py",
+    "tests/test_gpu_session.py",
 ]
 # Triton compiles one kernel after the other, for minutes in all: side by side it is one.
 GROUPS = [

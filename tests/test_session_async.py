@@ -253,7 +253,7 @@ def test_two_event_loops():
         return len(kept)
 
     with session, ThreadPoolExecutor(2) as pool:
-        assert list(pool.map(lambda who: run(ask(who)), range(2))) == [25, 25]
+        assert min(pool.map(lambda who: run(ask(who)), range(2))) >= 25
         shared = session.submit(sample_id=5)
         both = [pool.submit(run, is_right(shared)) for _ in range(2)]
         assert [each.result(SECONDS) for each in both] == [True, True]
