@@ -63,7 +63,8 @@ def error(found, expected):
     return (torch.stack(found).cpu() - torch.stack(expected)).square().mean().sqrt().item()
 
 
-def test_session_with_classes_and_guidance(full_float32):
+@pytest.mark.usefixtures("full_float32")
+def test_session_with_classes_and_guidance():
     make = maker(unet("classes").cuda(), variance="learned_range", method="ddpm")
     asked = [
         {
