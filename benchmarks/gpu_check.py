@@ -133,8 +133,9 @@ GROUPS = [
     "triton and group_norm_silu and test_forward",
     "triton and group_norm_silu and test_gradients",
     "triton and group_norm_silu and not (test_forward or test_gradients)",
+    "triton and gpu_graph",
     "triton and not (test_randn or test_add_noise or test_reverse_step or objective"
-    " or group_norm_silu)",
+    " or group_norm_silu or gpu_graph)",
 ]
 
 

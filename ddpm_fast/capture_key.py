@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .backends import chosen
+from .ops.reverse_step import check_clip
 
 if TYPE_CHECKING:
     from .sampling import Run
@@ -29,8 +30,11 @@ _PLAIN = (
 )
 
 
+Holders = list[Mapping[str, Tensor | None]]
+
+
 class UnsuitedError(Exception):
-    """An argument that no captured step takes."""
+    """An argument that no captured step takes; without a word where no step takes it."""
 
 
 class Same:
@@ -61,22 +65,19 @@ class Key(NamedTuple):
     opaque: bool
 
 
-def key_of(run: Run, every_state: bool, steps: int) -> Key:
+def key_of(run: Run, every_state: bool, steps: int, holders: Holders) -> Key:
     """Of a trajectory whose next step is to be captured, ``steps`` a graph.
 
     Raises:
         UnsuitedError: an argument of the model's whose changes could not be seen.
     """
     sampler, x = run.sampler, run.x
-    module = getattr(sampler.model, "__self__", sampler.model)
-    weights = None
-    if run.plan is None and isinstance(module, nn.Module):
-        weights = _weights(module, x.device)
+    weights = _weights(holders, x.device)
     rest = (
         (every_state, steps),
         (x.shape, x.stride(), x.device, run.low_precision),
         (Same(run.table), tuple(run.model_timesteps), run.t_dtype),
-        None if sampler.clip is None else tuple(sampler.clip),
+        check_clip(sampler.clip),
         (sampler.dynamic_threshold, Same(sampler.denoised_fn)),
         _scale(sampler.guidance_scale, x),
         frozen(run.model_kwargs, x.device, "model_kwargs"),
@@ -142,28 +143,36 @@ def _scale(scale: object, x: Tensor) -> Hashable:
     """A number is written where the graph reads it, like a tensor."""
     if scale is None:
         return "none"
-    if isinstance(scale, Tensor):
-        if scale.device != x.device or scale.ndim > 1:
-            raise UnsuitedError(f"guidance_scale lies on {scale.device}, {list(scale.shape)}")
-        return scale.ndim
-    return 0
+    if not isinstance(scale, Tensor):
+        return 0
+    shape = list(scale.shape)
+    if (scale.device, scale.dtype) != (x.device, torch.float32) or shape not in ([], [len(x)]):
+        raise UnsuitedError  # the step itself says what is wrong
+    return scale.ndim
 
 
-def _weights(module: nn.Module, device: torch.device) -> Hashable:
+def holders_of(run: Run) -> Holders:
+    """Where the tensors of the model that is called are held, where it is a module's."""
+    module = getattr(run.sampler.model, "__self__", run.sampler.model)
+    if run.plan is not None or not isinstance(module, nn.Module):
+        return []
+    held = [tensors for part in module.modules() for tensors in (part._parameters, part._buffers)]
+    return [tensors for tensors in held if tensors]
+
+
+def _weights(holders: Holders, device: torch.device) -> Hashable:
     """Where parameters and buffers lie: written to in place they are seen, put elsewhere not."""
     places = []
-    for part in module.modules():
-        for held in (part._parameters, part._buffers):
-            for tensor in held.values():
-                if tensor is None:
-                    continue
-                if tensor.device != device and tensor.ndim:
-                    raise UnsuitedError(f"a weight lies on {tensor.device}, the states on {device}")
-                try:
-                    place = tensor.data_ptr()
-                except RuntimeError as error:
-                    raise UnsuitedError(f"a weight has no address: {error}") from None
-                places.append((place, tensor.shape, tensor.stride(), tensor.dtype))
+    for held in holders:
+        for tensor in held.values():
+            if tensor is None:
+                continue
+            if tensor.device != device:
+                raise UnsuitedError(f"a weight lies on {tensor.device}, the states on {device}")
+            try:
+                places.append((tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype))
+            except RuntimeError as error:
+                raise UnsuitedError(f"a weight has no address: {error}") from None
     return tuple(places)
 
 

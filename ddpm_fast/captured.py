@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .callers import warn_caller
-from .capture_key import Key, UnsuitedError, key_of, tensors_of, with_tensors
+from .capture_key import Key, UnsuitedError, holders_of, key_of, tensors_of, with_tensors
 from .model import Model, call_model
 from .recorder import Recorder
 from .rehearsal import Rehearsal, UncapturableError
@@ -232,7 +232,7 @@ class CapturedStep:
         """Takes a trajectory's steps, as Run.steps yields them, from ``run.row`` on; not to the end
         where who got a state changed what is captured."""
         first, end = run.row, run.rows.stop
-        self._looked = first
+        self._looked, self._holders = first, holders_of(run)
         self._load(run, run.x, first)
         while run.row < end:
             if self.every_state and run.row > first:
@@ -256,7 +256,7 @@ class CapturedStep:
         not where these are captured. What leaves no trace is looked for at the second step, the
         third, the fifth, … and the last."""
         with contextlib.suppress(UnsuitedError):
-            if key_of(run, self.every_state, self.steps) == self.key:
+            if key_of(run, self.every_state, self.steps, self._holders) == self.key:
                 done = run.row - first
                 if not self.key.opaque or (done & (done - 1) and run.row != run.rows.stop - 1):
                     self._load(run, run.x, run.row)
@@ -274,6 +274,7 @@ class CapturedStep:
         return False
 
     def _load(self, run: Run, x: Tensor, row: int) -> None:
+        self._queue = self._recorder.queue()  # that the next replays join
         self.x.copy_(x)
         if self.lowp is not None:
             self.lowp.copy_(x)
@@ -297,9 +298,10 @@ class CapturedStep:
             buffer.copy_(tensor)
 
     def release(self) -> None:
-        """Gives the buffers to the next trajectory, perhaps on another stream."""
+        """Gives the buffers to the next trajectory, perhaps on another stream; perhaps from another
+        thread, where who left a stream is cleaned up."""
         try:
-            self._recorder.mark().synchronize()
+            self._recorder.mark(self._queue).synchronize()
         finally:
             self.lock.release()
 

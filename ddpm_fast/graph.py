@@ -12,7 +12,7 @@ from collections.abc import Hashable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from .callers import place_of, warn_caller
-from .capture_key import Key, Same, UnsuitedError, key_of
+from .capture_key import Key, Same, UnsuitedError, holders_of, key_of
 from .captured import CapturedStep
 from .nn.memory import within_memory
 from .ops.checks import is_eager
@@ -64,9 +64,10 @@ class Graphs:
             return None
         part = _part(run)
         try:
-            key = key_of(run, every_state, STEPS)
+            key = key_of(run, every_state, STEPS, holders_of(run))
         except UnsuitedError as error:
-            self._tell(part, f"its arguments cannot be captured: {error}")
+            if str(error):
+                self._tell(part, f"its arguments cannot be captured: {error}")
             return None
         with self._lock:
             if part in self._refused:

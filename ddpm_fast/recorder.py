@@ -8,11 +8,12 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Callable
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 
 Work = Callable[[], None]
+Queue = Any  # a stream
 PACE = 16  # steps between two looks at how far the device is
 
 
@@ -35,8 +36,11 @@ class Recorder(Protocol):
     def record(self, work: Work) -> Recording:
         """Records work, of which nothing is done yet, in memory of its own."""
 
-    def mark(self) -> Mark:
-        """After what is queued on the stream that is current."""
+    def queue(self) -> Queue:
+        """The stream that is current."""
+
+    def mark(self, queue: Queue) -> Mark:
+        """After what is queued there."""
 
 
 class CudaRecorder:
@@ -83,9 +87,12 @@ class CudaRecorder:
             self._end(graph, pool)
         return graph
 
-    def mark(self) -> Mark:
+    def queue(self) -> Queue:
+        return torch.cuda.current_stream(self._device)
+
+    def mark(self, queue: Queue) -> Mark:
         event = torch.cuda.Event(blocking=True)
-        event.record(torch.cuda.current_stream(self._device))
+        event.record(queue)
         return event
 
     def _side(self) -> torch.cuda.Stream:
@@ -130,6 +137,6 @@ class Pace:
         self._steps += 1
         if self._recorder is None or self._steps % PACE:
             return
-        self._marks.append(self._recorder.mark())
+        self._marks.append(self._recorder.mark(self._recorder.queue()))
         if len(self._marks) > 1:
             self._marks.popleft().synchronize()

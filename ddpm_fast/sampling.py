@@ -88,6 +88,7 @@ class Run:
         self.seed = seed if seeds is None else seeds
         self.sample_ids = ids
         self.rows = range(first, len(sampler))
+        self.row = first
         self.table = sampler.table.to(device)
         self.stepper = Stepper(sampler, self.table)
         self.model_kwargs = dict(model_kwargs or {})
@@ -114,7 +115,6 @@ class Run:
             paced: none is yielded long before the device has taken it.
         """
         pace = Pace(self.x.device) if paced else None
-        self.row = self.rows.start
         self.model = self.sampler.model if self.plan is None else self.plan.of_row
         self.nan_step = torch.full((1,), NO_NAN, dtype=torch.int32, device=self.x.device)
         with self.sampler._graphs.of(self, every_state) as captured:

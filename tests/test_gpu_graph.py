@@ -1,0 +1,329 @@
+"""Captured steps on a GPU: the loop's bits, nothing waits between them, and what cannot be captured
+leaves all as it was."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import types
+import warnings
+
+import pytest
+import torch
+from helpers import no_gpu
+from unet2d_models import SMALL as THEIRS
+from unet2d_models import theirs_of
+from unet_weights import randomised
+
+import ddpm_fast
+from ddpm_fast import NoiseSchedule, Sampler, UNet, UNetConfig, graph, rehearsal, use_backend
+from ddpm_fast.sampling import Run
+
+pytestmark = pytest.mark.gpu
+
+SCHEDULE = NoiseSchedule.linear()
+SHAPE = (4, 3, 16, 16)
+CONFIG = {"image_size": 16, "channels": (64, 128), "attention_resolutions": (8,)}
+
+
+@pytest.fixture(params=["cuda", "triton"], autouse=True)
+def on(request: pytest.FixtureRequest):
+    status = ddpm_fast.backends()[request.param]
+    if no_gpu() or not status.available:
+        pytest.skip(f"{request.param}: {status.detail}")
+    with use_backend(request.param):
+        yield request.param
+
+
+def unet(**options) -> UNet:
+    torch.manual_seed(0)
+    return randomised(UNet(UNetConfig(**CONFIG, **options))).cuda()
+
+
+def function(x, t, shift=0.0):
+    return torch.sin(2 * x) * (0.5 + t.reshape(-1, 1, 1, 1) / 2000) + shift
+
+
+def diffusers_model():
+    pytest.importorskip("diffusers")
+    return theirs_of(THEIRS).cuda()
+
+
+LABELS = {"class_labels": torch.tensor([3, 0, 9, 1])}
+# Their model, the sampler's arguments, those of its call
+CASES = {
+    "plan": (unet, {}, {}),
+    "plan in bf16": (lambda: unet().bfloat16(), {}, {}),
+    "UNet": (unet, {"plan": "off"}, {}),
+    "UNet in fp16": (lambda: unet().half(), {"plan": "off", "method": "ddim", "eta": 0.5}, {}),
+    "classes": (lambda: unet(num_classes=10), {"guidance_scale": 2.0}, {
+        "model_kwargs": LABELS, "uncond_kwargs": {"class_labels": None}}),
+    "learned": (lambda: unet(out_channels=6), {"variance": "learned_range"}, {}),
+    "UNet2DModel": (diffusers_model, {"plan": "off"}, {}),
+    "plan of UNet2DModel": (diffusers_model, {}, {}),
+    "function": (lambda: function, {"device": "cuda", "denoised_fn": torch.tanh}, {}),
+    "guided function": (lambda: function, {
+        "device": "cuda", "guidance_scale": 1.5, "dynamic_threshold": 0.9}, {
+        "model_kwargs": {"shift": torch.full((1, 3, 1, 1), 0.2)}, "uncond_kwargs": {}}),
+    "start": (lambda: function, {}, {
+        "x_T": torch.linspace(-1, 1, 3072).view(SHAPE).to(memory_format=torch.channels_last),
+        "start": 3}),
+    "seeds": (unet, {}, {"seed": torch.tensor([5, -1, 5, 7]), "sample_ids": [4, 2**40, 1, 0]}),
+}  # fmt: skip
+
+
+def on_gpu(value):
+    if isinstance(value, torch.Tensor):
+        return value.cuda()
+    return {key: on_gpu(each) for key, each in value.items()} if isinstance(value, dict) else value
+
+
+def drawn(sampler, **kwargs):
+    kwargs = {"seed": 7, **on_gpu(kwargs)}
+    states = [t for step in sampler.stream(SHAPE, **kwargs) for t in (step.x, step.x0)]
+    return [*states, sampler.sample(SHAPE, **kwargs), pasted(sampler, **kwargs)]
+
+
+def pasted(sampler, **kwargs):
+    def paste(step):
+        step.x[..., :3] = 0.25
+
+    return sampler.sample(SHAPE, callback=paste, **kwargs)
+
+
+def assert_same(found, expected):
+    for a, b in zip(found, expected, strict=True):
+        assert a.is_cuda
+        assert torch.equal(a, b)
+        assert a.stride() == b.stride()
+
+
+def silent(call):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return call()
+
+
+def sampler_of(model, **kwargs):
+    return Sampler(model, SCHEDULE, **{"num_steps": 20, "device": "cuda", **kwargs})
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bits_of_the_loop(name):
+    of, arguments, call = CASES[name]
+    sampler = sampler_of(of(), **arguments)
+    for seed in (1, 2**63 + 1):
+        call = {"seed": seed, **call}
+        sampler.graph = "off"
+        expected = drawn(sampler, **call)
+        sampler.graph = "auto"
+        assert_same(silent(lambda call=call: drawn(sampler, **call)), expected)
+    assert len(sampler._graphs._kept) == 2
+    assert all(sampler._graphs._kept.values())
+
+
+@pytest.mark.parametrize("steps", [3, 8])
+def test_several_steps_a_graph(steps, monkeypatch):
+    monkeypatch.setattr(graph, "STEPS", steps)
+    sampler = sampler_of(unet(), graph="off")
+    expected = sampler.sample(SHAPE, seed=1)
+    sampler.graph = "auto"
+    assert torch.equal(silent(lambda: sampler.sample(SHAPE, seed=1)), expected)
+    assert torch.equal(sampler.sample(SHAPE, seed=1), expected)
+
+
+@pytest.mark.parametrize("every_state", [False, True])
+def test_nothing_waits_between_steps(every_state):
+    sampler = sampler_of(unet())
+    steps = Run(sampler, SHAPE, 0, None, None, None, None, None).steps(every_state)
+    next(steps)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(19):
+            x = next(steps).x
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert next(steps, None) is None
+    assert len(sampler._graphs._kept) == 1
+    assert torch.equal(x, sampler_of(sampler.model, graph="off").sample(SHAPE))
+
+
+def test_progress(capsys):
+    sampler_of(unet(), num_steps=100).sample(SHAPE, progress=True)
+    assert "100/100" in capsys.readouterr().err
+
+
+def test_memory_is_bounded():
+    sampler, held = sampler_of(unet(), num_steps=16), []
+    for _ in range(3):
+        for n in range(1, 11):
+            sampler.sample((n, 3, 16, 16))
+        gc.collect()
+        torch.cuda.empty_cache()
+        held.append(torch.cuda.memory_reserved())
+    assert len(sampler._graphs._kept) == graph.KEPT
+    assert held[2] <= held[1] + 2**21
+    del sampler
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() < held[0]
+
+
+def test_streams_one_after_the_other():
+    sampler = sampler_of(unet())
+    expected = sampler_of(sampler.model, graph="off").sample(SHAPE)
+    for stream in (torch.cuda.Stream(), torch.cuda.default_stream(), torch.cuda.Stream()):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            found = sampler.sample(SHAPE)
+            left = sampler.stream(SHAPE, seed=4)
+            next(left)
+        left.close()  # on another stream
+        torch.cuda.current_stream().wait_stream(stream)
+        assert torch.equal(found, expected)
+        assert torch.equal(sampler.sample(SHAPE), expected)
+
+
+def test_threads(on):
+    """On streams of their own, with samplers of their own and a common one, while others allocate
+    and wait for the device."""
+    common = sampler_of(unet())
+    expected = [sampler_of(common.model, graph="off").sample(SHAPE, seed=seed) for seed in range(3)]
+    torch.cuda.synchronize()
+    wrong, done = [], threading.Event()
+
+    def draw(seed, sampler):
+        with use_backend(on), torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(10):
+                if not torch.equal(sampler.sample(SHAPE, seed=seed), expected[seed]):
+                    wrong.append(seed)
+
+    def disturb():
+        while not done.is_set():
+            torch.randn(1000, 1000, device="cuda").sum().item()
+            torch.cuda.empty_cache()
+
+    others = threading.Thread(target=disturb)
+    others.start()
+    threads = [
+        threading.Thread(target=draw, args=(seed, sampler))
+        for seed in range(3)
+        for sampler in (common, sampler_of(common.model))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    done.set()
+    others.join()
+    assert not wrong
+    assert not any(thread.is_alive() for thread in threads)
+
+
+def refused(sampler, message):
+    sampler.graph = "off"
+    expected = drawn(sampler)
+    sampler.graph = "auto"
+    with pytest.warns(UserWarning, match=message) as seen:
+        assert_same(drawn(sampler), expected)
+    assert len(seen) == 1
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert torch.randn(3, device="cuda").isfinite().all()
+    other = sampler_of(function)
+    silent(lambda: other.sample(SHAPE))
+    assert all(other._graphs._kept.values())
+
+
+def test_models_that_wait():
+    refused(sampler_of(lambda x, t: function(x, t) * x.mean().item()), "aten._local_scalar_dense")
+    refused(sampler_of(lambda x, t: function(x, t) + len(x.nonzero())), "aten.nonzero, which waits")
+    refused(sampler_of(lambda x, t: function(x, t) + t.cpu()[0].cuda()), "aten._to_copy, which")
+    refused(sampler_of(lambda x, t: function(x, t) * t.tolist()[0]), "which waits for the device")
+
+
+def test_captures_that_fail(monkeypatch):
+    """What the rehearsal does not see breaks the capture itself, and nothing else."""
+    copies = sampler_of(lambda x, t: function(x, t) + torch.tensor([0.5], device="cuda"))
+    for _ in range(3):
+        refused(copies, "step cannot be captured: .*test_gpu_graph.py, line")
+        copies._graphs = graph.Graphs()
+    monkeypatch.setattr(rehearsal, "_why_not", lambda *_: "")
+    refused(sampler_of(lambda x, t: function(x, t) * x.mean().item()), "captured: .*\\.item")
+    torch.cuda.synchronize()
+    held = torch.cuda.memory_allocated()
+    refused(sampler_of(lambda x, t: function(x, t) * x.mean().item()), "captured: .*\\.item")
+    gc.collect()
+    assert torch.cuda.memory_allocated() <= held + 2**21
+
+
+def test_models_that_are_no_functions():
+    counted = types.SimpleNamespace(calls=0)
+
+    def counting(x, t):
+        counted.calls += 1
+        return function(x, t) * (1 + 1e-6 * counted.calls)
+
+    sampler = sampler_of(counting)
+    with pytest.warns(UserWarning, match="depends on more than its arguments and weights"):
+        sampler.sample(SHAPE)
+    before = counted.calls
+    silent(lambda: sampler.sample(SHAPE))
+    assert counted.calls == before + 20
+    with pytest.warns(UserWarning, match="draws random numbers"):
+        sampler_of(lambda x, t: function(x, t) + torch.randn_like(x)).sample(SHAPE)
+
+
+def test_weights_that_change():
+    for plan in ("auto", "off"):
+        model = unet()
+        sampler = sampler_of(model, plan=plan)
+        before = sampler.sample(SHAPE)
+        for change in (
+            lambda model=model: model.conv_out.weight.mul_(1.5),
+            lambda model=model: setattr(model.conv_in, "weight", torch.nn.Parameter(
+                1.2 * model.conv_in.weight)),
+        ):  # fmt: skip
+            with torch.no_grad():
+                change()
+            found = sampler.sample(SHAPE)
+            assert not torch.equal(found, before)
+            off = sampler_of(model, plan=plan, graph="off")
+            assert torch.equal(found, off.sample(SHAPE))
+            before = found
+
+
+def test_autocast():
+    sampler = sampler_of(unet())
+    with torch.autocast("cuda", torch.bfloat16):
+        found = sampler.sample(SHAPE)
+        again = sampler.sample(SHAPE)
+        expected = sampler_of(sampler.model, graph="off").sample(SHAPE)
+    assert torch.equal(found, expected)
+    assert torch.equal(again, expected)
+    assert not torch.equal(sampler.sample(SHAPE), expected)
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled_models(mode):
+    """Those that have graphs of their own may not be captured, or be."""
+    model = torch.compile(unet(), mode=mode)
+    expected = sampler_of(model, graph="off").sample(SHAPE)
+    sampler = sampler_of(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if mode == "reduce-overhead" else "error", UserWarning)
+        for _ in range(2):
+            assert torch.equal(sampler.sample(SHAPE), expected)
+
+
+def test_not_enough_memory(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 GiB")
+
+    sampler = sampler_of(unet(), graph="off")
+    expected = sampler.sample(SHAPE)
+    sampler.graph = "auto"
+    with monkeypatch.context() as patch:
+        patch.setattr(graph.CapturedStep, "compare", full)
+        with pytest.warns(UserWarning, match="not enough memory for a captured step"):
+            assert torch.equal(sampler.sample(SHAPE), expected)
+    assert torch.equal(silent(lambda: sampler.sample(SHAPE)), expected)
