@@ -108,7 +108,7 @@ def _text(value: Any, where: str) -> str:
         inside = ", ".join(_text(part, f"{where}[{i}]") for i, part in enumerate(value))
         return f"[{inside}]" if isinstance(value, list) else f"({inside})"
     if isinstance(value, (set, frozenset)):
-        return f"{{{', '.join(sorted(_text(part, where) for part in value))}}}"
+        return f"set({', '.join(sorted(_text(part, where) for part in value))})"
     if isinstance(value, Mapping):
         pairs = [
             f"{_text(name, where)}: {_text(part, f'{where}[{name!r}]')}"
@@ -136,6 +136,6 @@ def _digest(tensors: Iterable[tuple[str, Tensor]], where: str) -> str:
                 f"{where}{name and ' '}{name} is {what}: a checkpoint needs its values, dense"
             )
         digest.update(f"{name} {_kind(tensor)} ".encode())
-        there = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        there = tensor.detach().cpu().resolve_conj().resolve_neg()
         digest.update(there.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -16,16 +16,18 @@ class _NoBar:
 
 
 def bar(
-    wanted: bool, total: int | None, what: str, unit: str = "image"
+    wanted: bool, total: int | None, what: str, unit: str = "image", there: int = 0
 ) -> contextlib.AbstractContextManager[Any]:
     """A bar on stderr with an ``update(count)``, or one that shows nothing.
+
+    there: units that were done before; they are not in the rate.
 
     Raises:
         ImportError: it is wanted and tqdm is not installed.
     """
     if not wanted:
         return contextlib.nullcontext(_NoBar())
-    return _tqdm()(total=total, desc=what, unit=unit, mininterval=0.5)
+    return _tqdm()(total=total, initial=there, desc=what, unit=unit, mininterval=0.5)
 
 
 def job(

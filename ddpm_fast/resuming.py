@@ -25,8 +25,9 @@ KIND = "sample"
 class Keeper:
     """Saves the states of a trajectory, and sets it to the state that was saved.
 
-    While entered, it holds the folder, unless the call is done already; tell it of each step by :meth:`after`. It keeps a copy of
-    the last state: one that an exception leaves half changed is not saved.
+    While entered, it holds the folder, unless the call is done already; tell it of each step by
+    :meth:`after`. It keeps a copy of the last state: one that an exception leaves half changed is
+    not saved.
 
     Args:
         folder: of the call's state, made where it does not exist.
@@ -34,9 +35,6 @@ class Keeper:
         run: the call, before its first step. Where the folder holds a state of the same call, its
             ``x``, ``row`` and ``rows`` are set to it.
         given: whether its x_T was given.
-
-    Attributes:
-        taken: steps that were taken before.
 
     Raises:
         TypeError: an argument of the model's that cannot be told from another in another process.
@@ -57,7 +55,6 @@ class Keeper:
         self._kept: tuple[int, Tensor] | None = None  # the next row and its state
         self._saved = -1  # the row of the state in the folder
         self._writing = False
-        self.taken = 0
 
     def __enter__(self) -> Keeper:
         self._take_up()
@@ -68,7 +65,6 @@ class Keeper:
                 if self._run.rows:  # to be told now, not after many steps, of what cannot be done
                     self._write(self._run.rows.start, self._run.x)
                 stack.pop_all()
-        self.taken = len(self._rows) - len(self._run.rows)
         return self
 
     def _take_up(self) -> None:

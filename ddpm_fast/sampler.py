@@ -67,8 +67,8 @@ class Sampler:
             ``torch.arange(T) * 1.0`` for models that take floats.
         device: of x_T where none is given: the model's parameters', else cpu.
         backend: "auto", or one to insist on, for what the model and its plan compute as well.
-        graph: "auto", or "off": whether steps may be captured into a graph, on devices that have
-            them. CPU tensors never are.
+        graph: "auto": on a GPU a step is captured in a graph, which is played at every row, to the
+            same bits; where it cannot be, one warning says why (docs/cuda.md). "off": never.
         plan: of a :class:`UNet` or a UNet2DModel of diffusers', which computes the same faster
             (docs/plan.md): "auto", where it can be made, else the model is called, and one warning
             says why; "off"; a :class:`Plan` of the model; or the names of rewrites. Weights that
@@ -234,12 +234,11 @@ class Sampler:
             FloatingPointError: the state turned NaN, named with the step at which it did.
         """
         run = Run(self, shape, seed, sample_ids, x_T, start, model_kwargs, uncond_kwargs)
-        count = len(run.rows)
+        first, count = run.row, len(run.rows)
         keeping: contextlib.AbstractContextManager[Keeper | None] = contextlib.nullcontext()
         if checkpoint is not None:
             keeping = Keeper(checkpoint, checkpoint_every, run, given=x_T is not None)
-        with keeping as keeper, bar(progress, count, "sampling", unit="step") as shown:
-            shown.initial = shown.n = 0 if keeper is None else keeper.taken
+        with keeping as keeper, bar(progress, count, "sampling", "step", run.row - first) as shown:
             x = run.x
             steps = run.steps(every_state=callback is not None, paced=progress)
             for step in steps if run.rows else ():

@@ -268,6 +268,24 @@ def test_what_is_done_is_read_by_any_number(tmp_path):
         assert torch.equal(sampler_of().sample(SHAPE, checkpoint=tmp_path), expected)
 
 
+def test_another_process_goes_on_meanwhile(tmp_path, monkeypatch):
+    """After the state was read and before the folder is held."""
+    with pytest.raises(Stop):
+        sampler_of().sample(SHAPE, checkpoint=tmp_path, callback=stops_at(3))
+    enter = StateFolder.__enter__
+
+    def enter_after_another(self):
+        monkeypatch.undo()
+        with pytest.raises(Stop):
+            sampler_of().sample(SHAPE, checkpoint=tmp_path, callback=stops_at(8))
+        return enter(self)
+
+    monkeypatch.setattr(StateFolder, "__enter__", enter_after_another)
+    sampler = sampler_of()
+    assert torch.equal(sampler.sample(SHAPE, checkpoint=tmp_path), undisturbed("plain"))
+    assert sampler.model.calls == 12 - 8
+
+
 def test_two_at_once(tmp_path):
     """The second is refused at once, in this process or in another, and the first goes on."""
     refused: list[str] = []

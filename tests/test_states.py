@@ -90,14 +90,14 @@ OPERATIONS = [(os, "replace"), (os, "fsync"), (os, "unlink"), (os, "mkdir"), (os
               (builtins, "open")]  # fmt: skip
 
 
-def count_to(number: int, patch: pytest.MonkeyPatch, what) -> list[str]:
-    """Does ``what`` in place of the file operation of that number, and of each after it."""
+def count_to(number: int, patch: pytest.MonkeyPatch, what, last: int = 10_000) -> list[str]:
+    """Does ``what`` in place of the file operation of that number, and of those up to another."""
     done: list[str] = []
 
     def before(call, name):
         def counted(*args, **kwargs):
             done.append(name)
-            if len(done) > number:
+            if number < len(done) <= last + 1:
                 what()
             return call(*args, **kwargs)
 
@@ -137,9 +137,10 @@ def test_killed_at_any_operation(tmp_path, monkeypatch, earlier):
     assert operation > 10
 
 
+@pytest.mark.parametrize("more", [0, 10_000])
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()])
-def test_failing_at_any_operation(tmp_path, error):
-    """All that follows fails, too; then, in the same process, it is tried again."""
+def test_failing_at_any_operation(tmp_path, error, more):
+    """Once, or in all that follows; then, in the same process, it is tried again."""
 
     def fail():
         raise error
@@ -148,7 +149,7 @@ def test_failing_at_any_operation(tmp_path, error):
         folder = tmp_path / str(operation)
         save(folder, 1)
         with pytest.MonkeyPatch.context() as patch:
-            done = count_to(operation, patch, fail)
+            done = count_to(operation, patch, fail, operation + more)
             try:
                 save(folder, 2)
             except type(error):
@@ -307,6 +308,20 @@ def test_a_folder_that_is_removed_while_it_is_held(tmp_path):
         with pytest.raises(FileNotFoundError, match="was removed, or replaced"):
             held.write({}, {})
     assert_state(folder, 1)
+
+
+def test_saved_anew_while_it_is_read(tmp_path, monkeypatch):
+    """The file that was named is gone then."""
+    save(tmp_path, 1)
+    read = states._tensors
+
+    def late(folder, expected):
+        monkeypatch.undo()
+        save(tmp_path, 2)
+        return read(folder, expected)
+
+    monkeypatch.setattr(states, "_tensors", late)
+    assert_state(tmp_path, 2)
 
 
 WRITES_ON = """
