@@ -90,6 +90,9 @@ class Graphs:
                 return None  # a thread has it, or a stream that has not ended
             if self._still_fits(found, run):
                 return found
+            with self._lock:
+                if not self._is_worth(key, len(run.rows)):
+                    return None
         return self._captured(run, key, every_state, part)
 
     def _is_worth(self, key: Key, steps: int) -> bool:
@@ -108,6 +111,7 @@ class Graphs:
             if not fits:
                 found.release()
                 with self._lock:
+                    self._steps.pop(hash(found.key), None)
                     if self._kept.get(found.key) is found:
                         del self._kept[found.key]
         return fits

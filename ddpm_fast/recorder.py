@@ -44,21 +44,12 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """Records CUDA graphs on a stream that no other has.
+    """Records CUDA graphs; one at a time in a process."""
 
-    The memory that cuBLAS works in belongs to a stream, and its address to the graphs that were
-    recorded there: two of one stream could not be played at once.
-    """
-
-    _free: ClassVar[list[torch.cuda.Stream]] = []
+    _streams: ClassVar[dict[torch.device, torch.cuda.Stream]] = {}
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream: torch.cuda.Stream | None = None
-
-    def __del__(self) -> None:
-        if self._stream is not None:
-            self._free.append(self._stream)
 
     def aside(self, work: Work) -> None:
         with torch.cuda.device(self._device):
@@ -76,15 +67,21 @@ class CudaRecorder:
         with torch.cuda.device(self._device), torch.cuda.stream(self._side()):
             torch.cuda.current_stream().synchronize()
             torch.cuda.empty_cache()  # which cannot be done in a capture that lacks memory
-            # Other threads may allocate and wait meanwhile
-            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            # What cuBLAS works in is kept by the stream, for all who come there, and may be dropped
+            # by others. Taken anew during the capture, it is the graph's own memory, and stays.
+            torch._C._cuda_clearCublasWorkspaces()
             try:
-                work()
-            except BaseException:
-                with contextlib.suppress(RuntimeError):  # what broke it is told, not that it broke
-                    self._end(graph, pool)
-                raise
-            self._end(graph, pool)
+                # Other threads may allocate and wait meanwhile
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                try:
+                    work()
+                except BaseException:
+                    with contextlib.suppress(RuntimeError):  # what broke it is told, not that
+                        self._end(graph, pool)
+                    raise
+                self._end(graph, pool)
+            finally:
+                torch._C._cuda_clearCublasWorkspaces()
         return graph
 
     def queue(self) -> Queue:
@@ -96,14 +93,9 @@ class CudaRecorder:
         return event
 
     def _side(self) -> torch.cuda.Stream:
-        if self._stream is None:
-            for i, stream in enumerate(self._free):
-                if stream.device == self._device:
-                    self._stream = self._free.pop(i)
-                    break
-            else:
-                self._stream = torch.cuda.Stream(self._device)
-        return self._stream
+        if self._device not in self._streams:
+            self._streams[self._device] = torch.cuda.Stream(self._device)
+        return self._streams[self._device]
 
     def _end(self, graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:
         try:

@@ -177,6 +177,18 @@ def test_two_streams_of_one_sampler(graphs):
         assert len(graphs) > before
 
 
+def test_an_error_in_a_callback_gives_the_buffers_back(graphs):
+    def fail(step):
+        raise KeyError("theirs")
+
+    sampler = sampler_of()
+    for _ in range(2):
+        with pytest.raises(KeyError, match="theirs"):
+            sampler.sample(SHAPE, callback=fail)
+    assert_played(sampler, graphs, captures=1)
+    assert len(graphs) == 2
+
+
 def test_threads(graphs):
     sampler = sampler_of(num_steps=30)
     sampler.graph = "off"

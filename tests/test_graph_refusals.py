@@ -167,6 +167,16 @@ def test_errors_of_the_model_are_its_own(graphs):
     ):
         with pytest.raises(error, match=message):
             silent(lambda function=function: sampler_of(function).sample(SHAPE))
+    for name, value, message in (
+        ("guidance_scale", torch.ones(3), r"guidance_scale must have shape \[4\]"),
+        ("guidance_scale", torch.ones(4).double(), "guidance_scale must be float32"),
+        ("clip", 3, "clip must be"),
+        ("backend", "gpu", "backend must be one of"),
+    ):
+        sampler = sampler_of(guidance_scale=1.0)
+        setattr(sampler, name, value)
+        with pytest.raises((ValueError, TypeError), match=message):
+            silent(lambda sampler=sampler: sampler.sample(SHAPE, uncond_kwargs={}))
     assert not graphs
 
 
@@ -273,6 +283,16 @@ def test_changed_models_are_captured_again(change, graphs):
         assert not torch.equal(assert_played(sampler, graphs)[-1], before[-1])
         graphs.clear()
         assert not any(step() for step in first)
+
+
+def test_what_changes_all_the_time_is_not_always_captured(graphs):
+    held = types.SimpleNamespace(gain=1.0)
+    sampler = sampler_of(lambda x, t: held.gain * model(x, t), num_steps=6)
+    for i in range(12):
+        held.gain = 1.0 + i
+        found = silent(lambda: sampler.sample(SHAPE))
+        assert torch.equal(found, sampler_of(sampler.model, num_steps=6, graph="off").sample(SHAPE))
+    assert len(graphs) == 4
 
 
 def test_weights_that_are_written_to_are_read(graphs):
