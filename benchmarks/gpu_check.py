@@ -119,11 +119,13 @@ GPU_TESTS = [
     "tests/test_gpu_group_norm_silu.py",
     "tests/test_gpu_engine.py",
     "tests/test_gpu_session.py",
+    "tests/test_gpu_graph.py",
 ]
 # Triton compiles one kernel after the other, for minutes in all: side by side it is one.
 GROUPS = [
     "cuda and group_norm_silu",
-    "cuda and not group_norm_silu",
+    "cuda and gpu_graph",
+    "cuda and not (group_norm_silu or gpu_graph)",
     "triton and test_randn",
     "triton and test_add_noise and (float32 or uint8)",
     "triton and test_add_noise and not (float32 or uint8)",
