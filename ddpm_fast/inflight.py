@@ -205,19 +205,20 @@ class Flight:
 
 
 class Group:
-    """Samples that share calls of the model, in the first rows of its tensors."""
+    """Samples that share calls of the model, in the first rows of its tensors. These grow as they
+    come: there may be as many groups as samples."""
 
     def __init__(self, flight: Flight) -> None:
         self._flight, self._lanes = flight, flight.lanes
-        capacity, device = flight.max_batch, flight.device
+        device = flight.device
         self.flyers: list[Flyer] = []
-        self.x = torch.empty([capacity, *flight.shape], device=device)
+        self.x = torch.empty([0, *flight.shape], device=device)
         lowp = flight.lanes.low_precision
         self._lowp = None if lowp is None else torch.empty_like(self.x, dtype=lowp)
         self._steps, self._seeds, self._ids = (
-            torch.zeros(capacity, dtype=torch.int64, device=device) for _ in range(3)
+            torch.empty(0, dtype=torch.int64, device=device) for _ in range(3)
         )
-        self._scales = torch.zeros(capacity, device=device)
+        self._scales = torch.empty(0, device=device)
         self._nan_step = torch.full((1,), NO_NAN, dtype=torch.int32, device=device)
         self._batch: Batch | None = None
         self._stepper = Stepper(flight.sampler, flight.lanes.table)
@@ -225,6 +226,7 @@ class Group:
     def join(self, flyers: Sequence[Flyer]) -> None:
         n, count = len(self.flyers), len(flyers)
         place = slice(n, n + count)
+        self._hold(n + count)
         for flyer in flyers:
             if flyer.given is not None:
                 flyer.given.wait()
@@ -251,6 +253,17 @@ class Group:
             self._lowp[place] = self.x[place]
         self.flyers += flyers
         self._batch = None
+
+    def _hold(self, count: int) -> None:
+        """Makes room for so many, twice as many as before at least."""
+        capacity = self.x.shape[0]
+        if count > capacity:
+            capacity = min(max(count, 2 * capacity), self._flight.max_batch)
+            lowp = None if self._lowp is None else _resized(self._lowp, capacity)
+            mine = (self.x, self._steps, self._seeds, self._ids, self._scales)
+            larger = [_resized(tensor, capacity) for tensor in mine]
+            self.x, self._steps, self._seeds, self._ids, self._scales = larger
+            self._lowp = lowp
 
     def leave(self, places: Iterable[int]) -> None:
         """The last ones take the places that become free."""
@@ -374,6 +387,13 @@ class Batch:
 def _of_places(x: Tensor, places: Sequence[tuple[Any, int]], **kwargs: Any) -> Tensor:
     """mixed_step in the order of a model's arguments."""
     return mixed_step(places, x, **kwargs)
+
+
+def _resized(tensor: Tensor, rows: int) -> Tensor:
+    """With more of them, the new ones not set."""
+    larger = tensor.new_empty([rows, *tensor.shape[1:]])
+    larger[: tensor.shape[0]] = tensor
+    return larger
 
 
 def _write(tensor: Tensor, values: Sequence[float]) -> None:

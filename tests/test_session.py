@@ -266,6 +266,19 @@ def test_shapes(shape):
 # Changes ---------------------------------------------------------------------------------------
 
 
+def test_rounded_weights_that_change_while_nothing_is_drawn():
+    """Which autocast keeps as long as a thread is under it."""
+    model = unet().requires_grad_()
+    make = maker(lambda x, t: model(x, t))
+    with torch.autocast("cpu", torch.bfloat16), make().session(IMAGE, max_batch=1) as session:
+        assert torch.equal(drawn(session, [{}])[0], alone(make, IMAGE))
+        with torch.no_grad():
+            model.conv_out.weight.mul_(1.5)
+        torch.clear_autocast_cache()
+        expected = alone(make, IMAGE)
+        assert torch.equal(drawn(session, [{}])[0], expected)
+
+
 @pytest.mark.parametrize("plan", ["auto", "off"])
 def test_weights_that_change_while_nothing_is_drawn(plan):
     model = unet()
@@ -353,6 +366,21 @@ def test_many_lengths_at_once(monkeypatch):
         assert len(session._flight.lanes.table) < sum(range(1, 24))
     for arguments, x in zip(asked, found, strict=True):
         assert torch.equal(x, alone(make, SHAPE, **arguments))
+
+
+def test_rows_that_move_in_the_joined_table():
+    """While samples of a call of their own are under way."""
+    gate, session = gated(num_steps=4, max_batch=8)
+    a = {"model_kwargs": {"a": torch.full((1,), 0.5)}}
+    asked = [{"num_steps": 5}, a, {"num_steps": 7, **a}]
+    with session:
+        handles = [session.submit(**asked[0])]
+        gate.reached()
+        handles += [session.submit(**each) for each in asked[1:]]
+        gate.open()
+    for handle, arguments in zip(handles, asked, strict=True):
+        expected = alone(maker(exact, num_steps=4), SHAPE, **arguments)
+        assert torch.equal(handle.result(), expected)
 
 
 def test_memory_of_results_is_their_own():

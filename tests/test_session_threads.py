@@ -201,6 +201,7 @@ def test_a_thread_that_dies_takes_nobody_along(where, monkeypatch):
     gate, session = gated(max_batch=2)
     handles = [session.submit(sample_id=i) for i in range(4)]
     gate.reached()
+    thread = session._thread
     with ThreadPoolExecutor(3) as pool:
         iterated = pool.submit(list, session)
         closing = pool.submit(session.close)
@@ -216,6 +217,7 @@ def test_a_thread_that_dies_takes_nobody_along(where, monkeypatch):
         gate.open()
         assert iterated.result(SECONDS) == []
         assert closing.result(SECONDS) is None
+    thread.join(SECONDS)
     assert handles[1].exception(SECONDS) is error
     assert handles[2].exception(SECONDS) is error
     with pytest.raises(SessionClosed):
