@@ -28,19 +28,6 @@ from .stepping import NO_NAN
 WARM_UPS = 3
 
 
-@contextlib.contextmanager
-def _without_autocast_cache(device: torch.device) -> Iterator[None]:
-    """Its copies of weights do not live as long as a graph that reads them."""
-    kind, before = device.type, torch.is_autocast_cache_enabled()
-    used = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    if used:  # otherwise what torch.compile has made would not be met
-        torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(before)
-
-
 class CapturedStep:
     """A step captured for one trajectory's arguments, for all that have the same key.
 
@@ -95,9 +82,8 @@ class CapturedStep:
             self._load(run, run.x, run.rows.start)
             self._step(run, run.model)
 
-        with _without_autocast_cache(run.x.device):
-            for _ in range(WARM_UPS - 1):
-                self._recorder.aside(warm)
+        for _ in range(WARM_UPS - 1):
+            self._recorder.aside(warm)
 
     def record(self, run: Run) -> None:
         """Records it, after a last one that is watched.
@@ -105,9 +91,8 @@ class CapturedStep:
         Raises:
             UncapturableError: an operation that no graph can hold.
         """
-        with _without_autocast_cache(run.x.device):
-            self._rehearse(run)
-            self._record(run)
+        self._rehearse(run)
+        self._record(run)
 
     def _rehearse(self, run: Run) -> None:
         first = run.rows.start
@@ -118,7 +103,7 @@ class CapturedStep:
             with rehearsal:
                 self._step(run, run.model)
 
-        # The last, as nothing is compiled under its modes
+        # The last: what is compiled or made to stay is there, and seen as such
         try:
             self._recorder.aside(rehearse)
         except Exception as error:
@@ -126,6 +111,7 @@ class CapturedStep:
                 raise
         if rehearsal.hindrance:  # and the model went another way then
             raise UncapturableError(rehearsal.hindrance)
+        # Whoever holds it now may drop it, as a model does its tables for another size
         self._keeps.append(rehearsal.read)
 
     def _record(self, run: Run) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from .callers import place_of, warn_caller
@@ -31,8 +31,10 @@ WORTH = 16
 SHORT = 3
 # Of a recording. More save the host a launch for each; not measured on a GPU yet.
 STEPS = 1
-# One capture at a time: PyTorch has one state of the random generators and of the memory for it.
+# One capture at a time: PyTorch's allocator and recorder.py's stream take no more.
 _capturing = threading.Lock()
+
+Part = tuple[Same, Same]  # the functions that a step calls: the model, denoised_fn
 
 
 class Graphs:
@@ -42,8 +44,8 @@ class Graphs:
         self._lock = threading.Lock()
         self._kept: OrderedDict[Key, CapturedStep | None] = OrderedDict()  # None: no memory for it
         self._steps: OrderedDict[int, int] = OrderedDict()  # that were asked for, by a key's hash
-        self._refused: list[Hashable] = []  # what cannot be captured
-        self._told: list[Hashable] = []  # of which that was said
+        self._refused: list[Part] = []  # what cannot be captured
+        self._told: list[Part] = []  # of which that was said
 
     @contextlib.contextmanager
     def of(self, run: Run, every_state: bool) -> Iterator[CapturedStep | None]:
@@ -72,6 +74,7 @@ class Graphs:
         with self._lock:
             if part in self._refused:
                 return None
+            self._forget_other_models(part)
             # Of a model or weights that went there is nothing to come back to
             for other in list(self._kept):
                 if (other.model, other.weights) != (key.model, key.weights):
@@ -95,6 +98,10 @@ class Graphs:
                     return None
         return self._captured(run, key, every_state, part)
 
+    def _forget_other_models(self, part: Part) -> None:
+        self._refused = [other for other in self._refused if other[0] == part[0]]
+        self._told = [other for other in self._told if other[0] == part[0]]
+
     def _is_worth(self, key: Key, steps: int) -> bool:
         asked = self._steps.pop(hash(key), 0) + steps
         self._steps[hash(key)] = asked
@@ -116,9 +123,7 @@ class Graphs:
                         del self._kept[found.key]
         return fits
 
-    def _captured(
-        self, run: Run, key: Key, every_state: bool, part: Hashable
-    ) -> CapturedStep | None:
+    def _captured(self, run: Run, key: Key, every_state: bool, part: Part) -> CapturedStep | None:
         """One made for a trajectory, locked for it; None with a warning where that fails."""
         if not _capturing.acquire(blocking=False):
             return None
@@ -144,7 +149,7 @@ class Graphs:
             self._tell(part, why)
         return found
 
-    def _tell(self, part: Hashable, why: str) -> None:
+    def _tell(self, part: Part, why: str) -> None:
         """Once for each model, to who samples."""
         with self._lock:
             if part in self._told:
@@ -156,8 +161,8 @@ class Graphs:
         return Graphs, ()
 
 
-def _part(run: Run) -> Hashable:
-    """What is captured: the functions that a step calls."""
+def _part(run: Run) -> Part:
+    """Of which it is told that it cannot be captured."""
     model = run.sampler.model if run.plan is None else run.plan.family
     return Same(model), Same(run.sampler.denoised_fn)
 
