@@ -101,8 +101,6 @@ class Lanes:
         Raises:
             TypeError, ValueError, MemoryError: it cannot be sampled from as it is now.
         """
-        if torch.amp.is_autocast_available(self.device.type):
-            torch.clear_autocast_cache()  # of weights rounded; the thread never leaves autocast
         lane = self._lane(None)
         lies = first_parameter(self._sampler.model) if lane.plan is None else lane.plan
         if (device := device_of(self._sampler, lies)) != self.device:

@@ -267,7 +267,7 @@ def test_shapes(shape):
 
 
 def test_rounded_weights_that_change_while_nothing_is_drawn():
-    """Which autocast keeps as long as a thread is under it."""
+    """Which autocast would keep as long as a thread is under it, but for the inference mode."""
     model = unet().requires_grad_()
     make = maker(lambda x, t: model(x, t))
     with torch.autocast("cpu", torch.bfloat16), make().session(IMAGE, max_batch=1) as session:
