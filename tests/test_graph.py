@@ -6,8 +6,9 @@ import copy
 import itertools
 import math
 import pickle
-import threading
+import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -189,26 +190,33 @@ def test_an_error_in_a_callback_gives_the_buffers_back(graphs):
     assert len(graphs) == 2
 
 
-def test_threads(graphs):
-    sampler = sampler_of(num_steps=30)
-    sampler.graph = "off"
-    expected = [sampler.sample(SHAPE, seed=seed) for seed in range(4)]
-    sampler.graph, wrong = "auto", []
+def test_threads(graphs, monkeypatch):
+    """Of one sampler and of another: each step has one user, and there is one capture at a time."""
+    samplers, aside, turn = [sampler_of(num_steps=30) for _ in range(2)], HostRecorder.aside, []
+
+    def alone(self, work):
+        turn.append(1)
+        time.sleep(0.01)  # the others come now
+        aside(self, work)
+        assert turn.pop() == 1
+        assert not turn
+
+    monkeypatch.setattr(HostRecorder, "aside", alone)
+    off = sampler_of(num_steps=30, graph="off")
+    expected = [off.sample(SHAPE, seed=seed) for seed in range(4)]
 
     def draw(seed):
-        for _ in range(6):
-            if not torch.equal(sampler.sample(SHAPE, seed=seed), expected[seed]):
-                wrong.append(seed)
+        for i in range(8):
+            if not torch.equal(samplers[(seed + i) % 2].sample(SHAPE, seed=seed), expected[seed]):
+                raise AssertionError(seed)
 
-    threads = [threading.Thread(target=draw, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    assert not wrong
-    assert not any(thread.is_alive() for thread in threads)
-    assert len(graphs) >= 1
-    assert sum(each.replays for each in graphs) > 30
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(draw, range(4)))
+    for sampler in samplers:  # nothing is held
+        before = sum(each.replays for each in graphs)
+        draw(0)
+        sampler.sample(SHAPE)
+        assert sum(each.replays for each in graphs) > before + 30
 
 
 def test_nan_is_named_with_its_step(graphs):
