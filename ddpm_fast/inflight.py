@@ -119,7 +119,11 @@ class Flight:
             except Exception as error:
                 landed.append(Landed(flyer, error))
                 continue
-            newcomers.setdefault((flyer.lane.family, flyer.signature), []).append(flyer)
+            try:
+                newcomers.setdefault((flyer.lane.family, flyer.signature), []).append(flyer)
+            except Exception as error:  # of an argument's own comparison
+                self.lanes.give_back(flyer.lane)
+                landed.append(Landed(flyer, error))
         for kind, some in newcomers.items():
             try:
                 group = self._groups.get(kind) or Group(self)

@@ -203,7 +203,8 @@ class Session:
             seed: in [0, 2^64).
             sample_id: in [0, 2^63).
             num_steps: of its trajectory, with the sampler's spacing; the sampler's own if None.
-            model_kwargs: as ``sample([1, …])`` takes them.
+            model_kwargs: as ``sample([1, …])`` takes them. Tensors are not copied: they have to
+                stay as they are until the sample is finished.
             uncond_kwargs: of the unconditional calls.
             guidance_scale: the sampler's if None; with one or the other uncond_kwargs are needed.
 

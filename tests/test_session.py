@@ -157,6 +157,20 @@ def test_of_a_plan_with_classes(config):
     assert_as_alone(maker(unet(config)), IMAGE, asked, exactly=native is not None)
 
 
+def test_of_diffusers():
+    pytest.importorskip("diffusers")
+    from unet2d_models import SMALL as THEIRS
+    from unet2d_models import theirs_of
+
+    asked = [
+        {"sample_id": i, "num_steps": 2 + i % 3, "model_kwargs": {"return_dict": i % 2 == 0}}
+        for i in range(5)
+    ]
+    assert_as_alone(maker(theirs_of(THEIRS)), [3, 8, 8], asked, exactly=native is not None)
+    make = maker(theirs_of(THEIRS), plan="off")
+    assert_as_alone(make, [3, 8, 8], asked, exactly=False)
+
+
 def test_guided_and_unguided():
     """By the sampler, or by submit: samples of other scales share a batch."""
     make = maker(unet(CLASSES))

@@ -195,6 +195,28 @@ def test_trees():
     assert both["a"][1] == (SHARED, "x")
 
 
+def test_arguments_that_refuse_to_be_compared():
+    class Odd:
+        def __hash__(self):
+            return 5
+
+        def __eq__(self, other):
+            raise OSError("never")
+
+    make = maker(lambda x, t, **_: exact(x, t))
+    odd = [{"a": Odd()} for _ in range(3)]
+    with make().session(SHAPE, max_batch=4) as session:
+        handles = [session.submit(sample_id=i, model_kwargs=each) for i, each in enumerate(odd)]
+        handles.append(session.submit(sample_id=3))
+    for i, handle in enumerate(handles):
+        error = handle.exception()
+        if i == 0 or error is None:  # the others have met it, or come when it was gone
+            assert torch.equal(handle.result(), alone(make, SHAPE, sample_id=i))
+        else:
+            assert isinstance(error, OSError)
+    assert handles[3].exception() is None
+
+
 def test_trees_that_hold_themselves_are_refused_when_they_are_given():
     tree: dict = {}
     tree["a"] = [tree]
