@@ -15,6 +15,7 @@ import torch
 from graph_cases import (
     CASES,
     GUIDED,
+    LAST,
     SHAPE,
     SHIFTS,
     Net,
@@ -89,6 +90,12 @@ def test_one_capture_serves_other_values(graphs):
         assert_played(sampler, graphs, seed=seed, sample_ids=ids, captures=captures, **arguments)
     seeds = torch.arange(4)
     assert_played(sampler, graphs, seed=seeds, captures=0, **arguments)
+
+
+def test_layouts_are_captured_each(graphs):
+    sampler = sampler_of()
+    for x_T in (LAST, LAST.contiguous(), LAST):
+        assert_played(sampler, graphs, x_T=x_T, captures=2 if len(graphs) < 4 else 0)
 
 
 def test_python_is_not_asked(graphs):
