@@ -129,8 +129,20 @@ class InFlight:
         self._session.close()
 
 
-def served(server: Any, asked: list[Arrival]) -> tuple[list[float], float, list[Tensor]]:
-    """Seconds each waited, seconds from the first arrival to the last result, the results."""
+@dataclass(frozen=True)
+class Served:
+    """Seconds that each waited, seconds from the first arrival to the last result, the results."""
+
+    latencies: list[float]
+    seconds: float
+    images: list[Tensor]
+
+    def latency(self, quantile: float) -> float:
+        ordered = sorted(self.latencies)
+        return ordered[math.ceil(quantile * len(ordered)) - 1]
+
+
+def served(server: Any, asked: list[Arrival]) -> Served:
     ends = [0.0] * len(asked)
     futures = []
 
@@ -145,9 +157,16 @@ def served(server: Any, asked: list[Arrival]) -> tuple[list[float], float, list[
         future = server.submit(arrival)
         future.add_done_callback(ended(i))
         futures.append(future)
-    results = [future.result() for future in futures]
+    images = [future.result() for future in futures]
+    server.close()
     latencies = [end - begin - arrival.after for end, arrival in zip(ends, asked, strict=True)]
-    return latencies, max(ends) - begin, results
+    return Served(latencies, max(ends) - begin, images)
+
+
+@pytest.fixture(scope="module")
+def full(sampler: Sampler) -> dict[str, float]:
+    """Samples a second in full batches, by their steps."""
+    return {kind: capacity(sampler, steps) for kind, steps in STEPS.items()}
 
 
 def capacity(sampler: Sampler, steps: tuple[int, ...]) -> float:
@@ -163,48 +182,42 @@ def capacity(sampler: Sampler, steps: tuple[int, ...]) -> float:
     return MAX_BATCH / (statistics.median(times) * statistics.mean(steps))
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """load: of what full batches could do; with --quick two of them."""
+    if "load" in metafunc.fixturenames:
+        quick = metafunc.config.getoption("--quick")
+        metafunc.parametrize("load", LOADS[1:4:2] if quick else LOADS)
+
+
 @pytest.mark.parametrize("kind", STEPS)
-def bench_arrivals(record, sampler, device, kind, request):
+def bench_arrivals(record, sampler, full, kind, load, request):
     quick = request.config.getoption("--quick")
-    steps = STEPS[kind]
-    full = capacity(sampler, steps)
-    seconds, loads = (4.0, LOADS[1::2]) if quick else (12.0, LOADS)
-    found: dict[float, dict[str, dict[str, float]]] = {}
-    for load in loads:
-        rate = load * full
-        asked = arrivals(rate, max(int(rate * seconds), 20), steps, seed=int(100 * load))
-        rounds: dict[str, list[dict[str, float]]] = {OURS: [], BATCH: []}
-        images: dict[str, list[Tensor]] = {}
-        for _ in range(1 if quick else 3):
-            for name, server in ((OURS, InFlight), (BATCH, BatchAtATime)):
-                running = server(sampler)
-                latencies, whole, images[name] = served(running, asked)
-                running.close()
-                ordered = sorted(latencies)
-                rounds[name].append(
-                    {
-                        "median": statistics.median(ordered),
-                        "p95": ordered[math.ceil(0.95 * len(ordered)) - 1],
-                        "samples_per_second": len(asked) / whole,
-                    }
-                )
-        for a, b in zip(images[OURS], images[BATCH], strict=True):
-            assert (a - b).abs().max() < DEVIATION  # the same samples
-        found[load] = {
-            name: {key: statistics.median(r[key] for r in each) for key in each[0]}
+    rate = load * full[kind]
+    count = max(int(rate * (4.0 if quick else 12.0)), 20)
+    asked = arrivals(rate, count, STEPS[kind], seed=int(100 * load))
+    rounds: dict[str, list[Served]] = {OURS: [], BATCH: []}
+    for _ in range(1 if quick else 3):
+        for name, server in ((OURS, InFlight), (BATCH, BatchAtATime)):
+            rounds[name].append(served(server(sampler), asked))
+    for a, b in zip(rounds[OURS][0].images, rounds[BATCH][0].images, strict=True):
+        assert (a - b).abs().max() < DEVIATION  # the same samples
+    record(
+        f"samples {kind}, load {load:.0%}, median latency",
+        64,
+        [
+            {name: each.latency(0.5) for name, each in zip(rounds, pair, strict=True)}
+            for pair in zip(*rounds.values(), strict=True)
+        ],
+        arrivals_per_second=round(rate, 1),
+        p95_milliseconds={
+            name: round(1e3 * statistics.median(r.latency(0.95) for r in each), 2)
             for name, each in rounds.items()
-        }
-        pairs = zip(*rounds.values(), strict=True)
-        record(
-            f"samples {kind}, load {load:.0%}, median latency",
-            64,
-            [dict(zip(rounds, (r["median"] for r in pair), strict=True)) for pair in pairs],
-            arrivals_per_second=round(rate, 1),
-            p95_milliseconds={name: round(1e3 * v["p95"], 2) for name, v in found[load].items()},
-            samples_per_second={
-                name: round(v["samples_per_second"], 1) for name, v in found[load].items()
-            },
-        )
+        },
+        samples_per_second={
+            name: round(statistics.median(count / r.seconds for r in each), 1)
+            for name, each in rounds.items()
+        },
+    )
 
 
 @pytest.mark.parametrize("count", [1, 8, 32])
