@@ -173,6 +173,12 @@ def test_images_of_others_are_refused(tmp_path, monkeypatch, read_first, which):
 
 def test_another_job_that_comes_meanwhile(tmp_path):
     """Its images are kept where they are the same, and refused where they are not."""
+    first, second = (DrawnFolder(tmp_path, Share(8, 4), "same") for _ in range(2))
+    for i in range(4):
+        second.write(i, Painter().image(i))
+    assert (first.there, list(first.to_draw()), first.there) == (0, [range(4, 8)], 4)
+    for path in tmp_path.iterdir():
+        path.unlink()
 
     class Met(Painter):
         def __init__(self, other, first):
@@ -202,6 +208,9 @@ def test_a_copy_cut_short_is_drawn_again(tmp_path, monkeypatch, keep, read_first
     whole = files(tmp_path)
     (tmp_path / "000006.png").write_bytes(whole["000006.png"][:keep])
     monkeypatch.setattr(drawn_folder, "READ_FIRST", read_first)
+    folder = DrawnFolder(tmp_path, Share(12, 4), Painter().fingerprint())
+    assert folder.there == (8 if read_first else 12)
+    assert (list(folder.to_draw()), folder.there) == ([range(4, 8)], 8)
     painter = Painter()
     draw_folder(painter, tmp_path, 12, batch_size=4)
     assert painter.batches == [(4, 5, 6, 7)]
@@ -262,6 +271,21 @@ def test_the_grid_waits_for_all_of_its_images(tmp_path):
     for rank in (1, 0):
         draw_folder(Painter(), tmp_path, 12, batch_size=4, rank=rank, world_size=2, overwrite=True)
         assert (tmp_path / "grid.png").exists() == (rank == 0)
+
+
+def test_the_grid_is_of_all_that_are_asked_for(tmp_path):
+    """One of fewer stays until then, and one that is right is not written again."""
+
+    class Looks(Painter):
+        def images(self, ids):
+            assert (tmp_path / "grid.png").read_bytes() == before
+            return super().images(ids)
+
+    draw_folder(Painter(), tmp_path / "fresh", 12, batch_size=4)
+    draw_folder(Painter(), tmp_path, 6, batch_size=4)
+    before = (tmp_path / "grid.png").read_bytes()
+    draw_folder(Looks(), tmp_path, 12, batch_size=4)
+    assert (tmp_path / "grid.png").read_bytes() == (tmp_path / "fresh" / "grid.png").read_bytes()
     when = (tmp_path / "grid.png").stat().st_mtime_ns
     draw_folder(Painter(), tmp_path, 12, batch_size=4)
     assert (tmp_path / "grid.png").stat().st_mtime_ns == when  # not written again
