@@ -280,3 +280,6 @@ def test_compiled_models(graphs, monkeypatch):
     sampler.graph = "auto"
     sampler.sample(SHAPE)
     assert len(seen) == compiled
+    with Rehearsal(torch.device("cpu")):  # at any time, in any thread
+        torch.compile(lambda x: x + 1, backend=backend)(torch.ones(3))
+    assert len(seen) == compiled + 1
