@@ -46,14 +46,15 @@ class Recorder(Protocol):
 class CudaRecorder:
     """Records CUDA graphs; one at a time in a process."""
 
-    _streams: ClassVar[dict[torch.device, torch.cuda.Stream]] = {}
+    _aside: ClassVar[dict[torch.device, torch.cuda.Stream]] = {}
+    _recorded: ClassVar[dict[torch.device, torch.cuda.Stream]] = {}
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
     def aside(self, work: Work) -> None:
         with torch.cuda.device(self._device):
-            side, current = self._side(), torch.cuda.current_stream()
+            side, current = self._stream(self._aside), torch.cuda.current_stream()
             side.wait_stream(current)
             try:
                 with torch.cuda.stream(side):
@@ -64,24 +65,22 @@ class CudaRecorder:
     def record(self, work: Work) -> Recording:
         # Not torch.cuda.graph: where a capture fails, that leaves its stream the current one
         graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
-        with torch.cuda.device(self._device), torch.cuda.stream(self._side()):
-            torch.cuda.current_stream().synchronize()
+        # What cuBLAS works in belongs to a stream, and whoever likes may drop it. On a stream where
+        # nothing else is done it is taken during the capture, and is the graph's memory and stays.
+        if self._device in self._recorded:
+            torch._C._cuda_clearCublasWorkspaces()  # that of the graph before
+        torch.cuda.current_stream(self._device).synchronize()
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream(self._recorded)):
             torch.cuda.empty_cache()  # which cannot be done in a capture that lacks memory
-            # What cuBLAS works in is kept by the stream, for all who come there, and may be dropped
-            # by others. Taken anew during the capture, it is the graph's own memory, and stays.
-            torch._C._cuda_clearCublasWorkspaces()
+            # Other threads may allocate and wait meanwhile
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
-                # Other threads may allocate and wait meanwhile
-                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-                try:
-                    work()
-                except BaseException:
-                    with contextlib.suppress(RuntimeError):  # what broke it is told, not that
-                        self._end(graph, pool)
-                    raise
-                self._end(graph, pool)
-            finally:
-                torch._C._cuda_clearCublasWorkspaces()
+                work()
+            except BaseException:
+                with contextlib.suppress(RuntimeError):  # what broke it is told, not that it broke
+                    self._end(graph, pool)
+                raise
+            self._end(graph, pool)
         return graph
 
     def queue(self) -> Queue:
@@ -92,10 +91,10 @@ class CudaRecorder:
         event.record(queue)
         return event
 
-    def _side(self) -> torch.cuda.Stream:
-        if self._device not in self._streams:
-            self._streams[self._device] = torch.cuda.Stream(self._device)
-        return self._streams[self._device]
+    def _stream(self, streams: dict[torch.device, torch.cuda.Stream]) -> torch.cuda.Stream:
+        if self._device not in streams:
+            streams[self._device] = torch.cuda.Stream(self._device)
+        return streams[self._device]
 
     def _end(self, graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:
         try:

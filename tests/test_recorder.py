@@ -38,7 +38,8 @@ class Cuda:
             monkeypatch.setattr(torch._C, name, note, raising=False)
         clear = lambda: self.log.append(("clear",))  # noqa: E731
         monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", clear, raising=False)
-        monkeypatch.setattr(CudaRecorder, "_streams", {})
+        monkeypatch.setattr(CudaRecorder, "_aside", {})
+        monkeypatch.setattr(CudaRecorder, "_recorded", {})
         monkeypatch.setattr(recorder, "_FAILED", [])
 
     def Stream(self, device):
@@ -103,17 +104,15 @@ def test_a_capture(cuda):
     recorded = CudaRecorder(DEVICE)
     graph = recorded.record(lambda: cuda.log.append(("work", cuda.current.name)))
     assert cuda.log == [
-        ("side 1", "synchronize"),
-        ("clear",),
+        ("user's", "synchronize"),
         ("begin", "side 1", (0, 7), "thread_local"),
         ("work", "side 1"),
         ("end", "side 1"),
-        ("clear",),
     ]
     assert graph is not None
     assert not recorder._FAILED
     recorded.mark(recorded.queue()).synchronize()
-    assert cuda.log[6:] == [("event", "record", "user's"), ("event", "synchronize")]
+    assert cuda.log[4:] == [("event", "record", "user's"), ("event", "synchronize")]
 
 
 @pytest.mark.parametrize("ends", [False, True])
@@ -135,15 +134,22 @@ def test_a_capture_that_fails(works, ends, cuda):
         with pytest.raises(kind, match=message):
             recorded.record(work)
     mended = [("reset",), ("_cuda_endAllocateToPool", 1, (0, 7)), ("_cuda_releasePool", 1, (0, 7))]
-    assert cuda.log[4:] == [*([] if ends else mended), ("clear",)]
+    assert cuda.log[3:] == ([] if ends else mended)
     assert len(recorder._FAILED) == (not ends)
     assert cuda.current.name == "user's"
 
 
-def test_one_stream_a_device_is_enough(cuda):
+def test_where_graphs_are_recorded_nothing_else_is_done(cuda):
+    """And what cuBLAS took there for one is not the next one's."""
+    streams = []
     for _ in range(3):
-        CudaRecorder(DEVICE).aside(lambda: None)
-    assert cuda.made == 1
+        recorded = CudaRecorder(DEVICE)
+        recorded.aside(lambda: streams.append(cuda.current.name))
+        recorded.record(lambda: streams.append(cuda.current.name))
+    assert streams == ["side 1", "side 2"] * 3
+    assert [what for what, *_ in cuda.log if what in ("clear", "begin")] == [
+        "begin", "clear", "begin", "clear", "begin",
+    ]  # fmt: skip
 
 
 def test_pace(cuda):
