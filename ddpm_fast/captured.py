@@ -102,6 +102,7 @@ class CapturedStep:
             self._load(run, run.x, first)
             with rehearsal:
                 self._step(run, run.model)
+            self.x0 = self.x  # which was there before
 
         # The last: what is compiled or made to stay is there, and seen as such
         try:
@@ -111,6 +112,10 @@ class CapturedStep:
                 raise
         if rehearsal.hindrance:  # and the model went another way then
             raise UncapturableError(rehearsal.hindrance)
+        if rehearsal.keeps():
+            raise UncapturableError(
+                "a tensor that is made in it is kept (by a hook, say, that collects one a step)"
+            )
         # Whoever holds it now may drop it, as a model does its tables for another size
         self._keeps.append(rehearsal.read)
 

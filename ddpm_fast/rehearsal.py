@@ -6,10 +6,12 @@ has a mode that refuses what waits, ``torch.cuda.set_sync_debug_mode``, but for 
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -35,7 +37,7 @@ class Rehearsal(TorchDispatchMode):
         super().__init__()
         self.device, self.hindrance = device, ""
         self.read: dict[int, torch.UntypedStorage] = {}
-        self._made: set[int] = set()
+        self._made: dict[int, StorageWeakRef] = {}
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -62,6 +64,15 @@ class Rehearsal(TorchDispatchMode):
         self._note(given, found)
         return made
 
+    def keeps(self) -> bool:
+        """Whether somebody still has a tensor that was made in the step."""
+        if not self._all_gone():
+            gc.collect()
+        return not self._all_gone()
+
+    def _all_gone(self) -> bool:
+        return all(made.expired() for made in self._made.values())
+
     def _has(self, tensor: Tensor) -> bool:
         """Whether it lies where the step is taken."""
         return tensor.device == self.device
@@ -82,7 +93,7 @@ class Rehearsal(TorchDispatchMode):
                 if place in self._made or place in self.read:
                     continue
                 if ours:
-                    self._made.add(place)
+                    self._made[place] = StorageWeakRef(storage)  # whose place no other gets
                 else:
                     self.read[place] = storage
 

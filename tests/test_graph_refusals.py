@@ -139,13 +139,36 @@ def test_models_that_are_no_functions(of, graphs):
         return function(x, t)
 
     sampler = sampler_of(counted)
-    with pytest.warns(UserWarning, match="depends on more than its arguments and weights") as seen:
+    with pytest.warns(UserWarning, match="depends on more than its arguments|is kept") as seen:
         sampler.sample(SHAPE)
     assert len(seen) == 1
     assert seen[0].filename == __file__
     calls.clear()
     silent(lambda: [sampler.sample(SHAPE), list(sampler.stream(SHAPE))])
     assert len(calls) == 40
+
+
+def test_what_is_collected_at_each_step(graphs):
+    """By hooks and functions, which no graph calls."""
+    net, collected = Net(), []
+    hook = net.register_forward_hook(lambda module, given, output: collected.append(output))
+    sampler = sampler_of(net)
+    with pytest.warns(UserWarning, match="a tensor that is made in it is kept"):
+        sampler.sample(SHAPE)
+    collected.clear()
+    silent(lambda: sampler.sample(SHAPE))
+    assert len({tensor.data_ptr() for tensor in collected}) == 20
+    hook.remove()
+    sampler = sampler_of(net, denoised_fn=lambda x0: collected.append(x0.amax()) or x0)
+    with pytest.warns(UserWarning, match="a tensor that is made in it is kept"):
+        sampler.sample(SHAPE)
+
+    def cyclic(x, t):  # which nobody has any more, but the collector
+        held = [net(x, t)]
+        held.append(held)
+        return held[0]
+
+    assert_played(sampler_of(cyclic), graphs)
 
 
 def test_errors_of_the_model_are_its_own(graphs):
