@@ -87,6 +87,7 @@ class Flight:
         self.sampler, self.shape, self.max_batch = sampler, list(shape), max_batch
         self.lanes = Lanes(sampler, [max_batch, *shape])
         self.device = self.lanes.device
+        self._lands_late = self.device.type == "cuda"  # the host is ahead of it
         self._groups: dict[Hashable, Group] = {}
         self._landing: deque[tuple[Any, list[tuple[Flyer, Tensor]], Tensor]] = deque()
         self._taken: deque[Any] = deque()
@@ -151,8 +152,9 @@ class Flight:
         return flyer.x  # that it came with, or none
 
     @torch.no_grad()
-    def step(self) -> list[Landed]:
-        """One step of all. On a GPU samples land when it has computed them, at a later step."""
+    def step(self, wait: bool = True) -> list[Landed]:
+        """One step of all. On a GPU samples land when it has computed them, at a later step; it is
+        waited for where nothing else is under way, and ``wait``."""
         landed = []
         for kind, group in list(self._groups.items()):
             landed += group.step()
@@ -161,9 +163,9 @@ class Flight:
                 landed += self._land([(group.flyers[i], group.x[i].clone()) for i in done])
                 group.leave(done)
             self._forget_if_empty(kind)
-        if self.device.type == "cuda":
+        if self._lands_late:
             self._pace()
-        landed += self._arrived(wait=not self._groups)
+        landed += self._arrived(wait=wait and not self._groups)
         return landed
 
     def _forget_if_empty(self, kind: Hashable) -> None:
@@ -172,7 +174,7 @@ class Flight:
 
     def _land(self, done: list[tuple[Flyer, Tensor]]) -> list[Landed]:
         """Samples that have taken all their steps, and results that are theirs."""
-        if self.device.type != "cuda":
+        if not self._lands_late:
             return [Landed(flyer, x) for flyer, x in done]
         broken = torch.stack([x.isnan().any() for _, x in done])
         told = torch.empty(len(done), dtype=torch.bool, pin_memory=True)

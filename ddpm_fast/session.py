@@ -577,7 +577,7 @@ class Session:
                 del self._waiting[handle]
             self._running.update(dict.fromkeys(admitted))
         landed = flight.join(handle._flyer for handle in admitted) if admitted else []
-        landed += flight.step()
+        landed += flight.step(wait=not self._waiting)
         return self._handles_of(landed)
 
     def _handles_of(self, landed: Sequence[Landed]) -> list[tuple[Handle, Landed]]:
