@@ -17,6 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 WAITS = "which waits for the device"
 FROM_HOST = "which copies from the host"
+COLLECTIVE = "which other processes take part in"
+_COLLECTIVES = ("c10d", "_c10d_functional", "c10d_functional", "_dtensor")
 _COPIES = ("aten::copy_", "aten::_to_copy", "aten::_copy_from", "aten::_copy_from_and_resize")
 _INDEXED = ("aten::index", "aten::index_put_", "aten::index_put", "aten::_index_put_impl_")
 
@@ -106,6 +108,9 @@ def _why_not(func: Any, name: str, args: Any, given: list[Tensor]) -> str:
     """Why no graph can hold an operation on tensors of the device; "" if nothing is known."""
     if not given:
         return ""
+    sharded = any(type(tensor).__module__.startswith("torch.distributed") for tensor in given)
+    if sharded or func.namespace in _COLLECTIVES:
+        return COLLECTIVE
     if torch.Tag.data_dependent_output in func.tags:
         return WAITS
     if name in _INDEXED:

@@ -148,6 +148,26 @@ def test_models_that_are_no_functions(of, graphs):
     assert len(calls) == 40
 
 
+def test_what_other_processes_take_part_in(graphs, tmp_path):
+    """One of them that goes another way would leave the others waiting."""
+    store = f"file://{tmp_path}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+
+        def summed(x, t):
+            eps = model(x, t)
+            torch.distributed.all_reduce(eps)
+            return eps
+
+        assert_stepwise(sampler_of(summed), "c10d.allreduce_, which other processes take part in")
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        whole = torch.distributed.tensor.DTensor.from_local(torch.full((1,), 0.1), mesh)
+        sharded = sampler_of(lambda x, t: model(x, t) + (2 * whole).to_local())
+        assert_stepwise(sharded, "aten.mul, which other processes take part in")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_what_is_collected_at_each_step(graphs):
     """By hooks and functions, which no graph calls."""
     net, collected = Net(), []
