@@ -108,17 +108,21 @@ def test_nothing_but_what_was_there(clock, monkeypatch):
 
 
 def test_a_bar_on_a_terminal(monkeypatch):
-    """Its rate is images a second below one too."""
+    """Its rate is images a second below one too, the mean of all that were drawn."""
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     with job(True, 50_000, 12_800, "drawing") as shown:
-        shown._began -= 1000
-        shown._bar.start_t -= 1000
-        shown.update(64)
-    last = terminal.getvalue().split("\r")[-1]
-    assert last.startswith("drawing:  26%|")
-    assert "| 12864/50000 [16:40<161:" in last  # (50000 − 12864) / 0.064 s
-    assert last.endswith("0.064 images/s]\n")
+        for count, there in ((64, 0), (0, 1000), (192, 0)):
+            shown._began -= 1000
+            shown._bar.start_t -= 1000
+            shown._bar.last_print_t -= 1000
+            shown.update(count, there)
+    bars = terminal.getvalue().split("\r")
+    assert "| 12800/50000 [00:00<?]" in bars[1]
+    assert bars[-1].startswith("drawing:  28%|")
+    # (50000 − 14056) images at 256 in 3000 s
+    assert "| 14056/50000 [50:00<117:00:" in bars[-1]
+    assert bars[-1].endswith("0.0853 images/s]\n")
 
 
 def test_lines_on_a_terminal_that_processes_share(monkeypatch):

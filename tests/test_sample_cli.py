@@ -332,6 +332,8 @@ def test_a_folder_that_cannot_be_written(run, tmp_path, capsys):
 def test_images_beyond_those_asked_for_are_told_of(run, tmp_path, capsys):
     few = ["--method", "ddim", "--num-steps", 2]
     assert sample(run, tmp_path, "--num", 5, *few) == 0
+    assert sample(run, tmp_path, "--num", 3, *few) == 0
+    assert capsys.readouterr().err == ""
     assert sample(run, tmp_path, "--num", 3, "--overwrite", "--seed", 1, *few) == 0
     said = capsys.readouterr().err
     assert said == (

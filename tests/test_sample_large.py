@@ -20,6 +20,7 @@ from forked_commands import Forks
 from tiny_run import write_run
 
 from ddpm_fast.cli import main
+from ddpm_fast.commands import sample as command
 from ddpm_fast.training.draw import Artist
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -310,3 +311,33 @@ def test_stopped(run, start, tmp_path, whole, number, status):
     assert files(tmp_path).items() <= whole(240).items()  # none of them half written
     assert sample(run, tmp_path, "--num", 240) == 0
     assert files(tmp_path) == whole(240)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_comes_again_at_once(monkeypatch, number):
+    """Stops nothing more; one that comes later does, where the first was not enough."""
+    now, stops = [100.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    def signals():
+        with command._stopped_by_signals():
+            for pause in (0, 1, 1.5, 4):
+                now[0] += pause
+                try:
+                    signal.raise_signal(number)
+                except KeyboardInterrupt as stop:
+                    stops.append((pause, stop.status))
+
+    before = [signal.getsignal(other) for other in (signal.SIGINT, signal.SIGTERM)]
+    signals()
+    for other, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+        signal.signal(other, handler)
+    assert stops == [(0, 128 + number), (4, 128 + number)]
+
+
+def test_signals_are_given_back():
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    with pytest.raises(ValueError, match="other"), command._stopped_by_signals():
+        raise ValueError("other")
+    assert [signal.getsignal(number) for number in numbers] == before

@@ -78,8 +78,9 @@ def _stopped_by_signals() -> Iterator[None]:
 
     def stop(number: int, frame: FrameType | None) -> None:
         nonlocal last
-        before, last = last, time.monotonic()
-        if last - before > _REPEATED_WITHIN_SECONDS:
+        now = time.monotonic()
+        if now - last > _REPEATED_WITHIN_SECONDS:
+            last = now
             raise _Stopped(number)
 
     if threading.current_thread() is not threading.main_thread():
