@@ -51,7 +51,8 @@ class Same:
 
 
 class Key(NamedTuple):
-    """
+    """What two trajectories must have in common to be played from one captured step.
+
     Attributes:
         model: what is called; weights that were put in the place of others make another.
         weights: where they lie.
