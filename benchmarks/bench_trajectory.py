@@ -15,7 +15,8 @@ from eager import EagerStep
 from results import OURS
 from torch import Tensor
 
-from ddpm_fast import Sampler, UNet, UNetConfig, graph, randn
+from ddpm_fast import Sampler, UNet, UNetConfig, randn
+from ddpm_fast.capture import graphs
 
 STEPS = 64  # of the thousand, from the last ones: a whole trajectory of the slowest takes minutes
 FIRST = len(SCHEDULE) - STEPS
@@ -151,7 +152,7 @@ def bench_steps_a_graph(record, model, count, monkeypatch):
         sampled = ours(model, count)
 
         def call() -> Tensor:
-            monkeypatch.setattr(graph, "STEPS", steps)
+            monkeypatch.setattr(graphs, "STEPS", steps)
             return sampled()
 
         return call

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from .backends import Backend, require
+from .capture.graphs import Graphs
 from .engine import Plan
-from .graph import Graphs
 from .model import Model
 from .ops.reverse_step import check_clip
 from .planning import Planner

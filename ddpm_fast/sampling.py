@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .capture.recorder import Pace
 from .ops.checks import check_ids_on_host, dense, noise_address
 from .ops.randn import randn
-from .recorder import Pace
 from .schedule import integer
 from .stepping import NO_NAN, Stepper, backend_of, checked_parameter, device_of, low_precision
 

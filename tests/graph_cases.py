@@ -12,7 +12,8 @@ from unet2d_models import SMALL as THEIRS
 from unet2d_models import theirs_of
 from unet_weights import randomised
 
-from ddpm_fast import NoiseSchedule, Sampler, UNet, UNetConfig, recorder
+from ddpm_fast import NoiseSchedule, Sampler, UNet, UNetConfig
+from ddpm_fast.capture import recorder
 from ddpm_fast.engine import Trajectory
 
 SCHEDULE = NoiseSchedule.linear()

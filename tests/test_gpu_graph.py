@@ -16,7 +16,10 @@ from unet2d_models import theirs_of
 from unet_weights import randomised
 
 import ddpm_fast
-from ddpm_fast import NoiseSchedule, Sampler, UNet, UNetConfig, graph, rehearsal, use_backend
+from ddpm_fast import NoiseSchedule, Sampler, UNet, UNetConfig, use_backend
+from ddpm_fast.capture import rehearsal
+from ddpm_fast.capture.captured import CapturedStep
+from ddpm_fast.capture.graphs import KEPT, Graphs
 from ddpm_fast.sampling import Run
 
 pytestmark = pytest.mark.gpu
@@ -128,7 +131,7 @@ def test_bits_of_the_loop(name):
 
 @pytest.mark.parametrize("steps", [3, 8])
 def test_several_steps_a_graph(steps, monkeypatch):
-    monkeypatch.setattr(graph, "STEPS", steps)
+    monkeypatch.setattr("ddpm_fast.capture.graphs.STEPS", steps)
     sampler = sampler_of(unet(), graph="off")
     expected = sampler.sample(SHAPE, seed=1)
     sampler.graph = "auto"
@@ -165,7 +168,7 @@ def test_memory_is_bounded():
         gc.collect()
         torch.cuda.empty_cache()
         held.append(torch.cuda.memory_reserved())
-    assert len(sampler._graphs._kept) == graph.KEPT
+    assert len(sampler._graphs._kept) == KEPT
     assert held[2] <= held[1] + 2**21
     del sampler
     gc.collect()
@@ -250,7 +253,7 @@ def test_captures_that_fail(monkeypatch):
     copies = sampler_of(lambda x, t: function(x, t) + torch.tensor([0.5], device="cuda"))
     for _ in range(3):
         refused(copies, "step cannot be captured: .*test_gpu_graph.py, line")
-        copies._graphs = graph.Graphs()
+        copies._graphs = Graphs()
     monkeypatch.setattr(rehearsal, "_why_not", lambda *_: "")
     refused(sampler_of(lambda x, t: function(x, t) * x.mean().item()), "captured: .*\\.item")
     torch.cuda.synchronize()
@@ -327,7 +330,7 @@ def test_not_enough_memory(monkeypatch):
     expected = sampler.sample(SHAPE)
     sampler.graph = "auto"
     with monkeypatch.context() as patch:
-        patch.setattr(graph.CapturedStep, "compare", full)
+        patch.setattr(CapturedStep, "compare", full)
         with pytest.warns(UserWarning, match="not enough memory for a captured step"):
             assert torch.equal(sampler.sample(SHAPE), expected)
     assert torch.equal(silent(lambda: sampler.sample(SHAPE)), expected)

@@ -31,7 +31,8 @@ from graph_cases import (
 )
 from graph_on_host import ERROR, HostGraph, HostMark, HostRecorder
 
-from ddpm_fast import graph, recorder
+from ddpm_fast.capture import recorder
+from ddpm_fast.capture.graphs import KEPT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -249,7 +250,7 @@ def test_inside_inference_mode_and_out(graphs):
 
 @pytest.mark.parametrize("steps", [2, 3, 7, 50])
 def test_several_steps_a_graph(steps, graphs, monkeypatch):
-    monkeypatch.setattr(graph, "STEPS", steps)
+    monkeypatch.setattr("ddpm_fast.capture.graphs.STEPS", steps)
     sampler = sampler_of(Net(torch.bfloat16), graph="off")
     expected = sampler.sample(SHAPE, seed=1)
     sampler.graph = "auto"
@@ -303,7 +304,7 @@ def test_memory_is_bounded(graphs):
                     [sampler_of(graph="off").sample((n, 3, 8, 8), seed=twice)])  # fmt: skip
         held.append(weakref.ref(next(reversed(sampler._graphs._kept.values()))))
     assert len(graphs) == 8
-    assert sum(each() is not None for each in held[::2]) == graph.KEPT
+    assert sum(each() is not None for each in held[::2]) == KEPT
     graphs.clear()
     del sampler
     assert not any(each() for each in held)

@@ -23,9 +23,9 @@ from graph_cases import (
 )
 from graph_on_host import HostRecorder
 
-from ddpm_fast import rehearsal
-from ddpm_fast.capture_key import UnsuitedError, frozen
-from ddpm_fast.rehearsal import Rehearsal, UncapturableError
+from ddpm_fast.capture import rehearsal
+from ddpm_fast.capture.key import UnsuitedError, frozen
+from ddpm_fast.capture.rehearsal import Rehearsal, UncapturableError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

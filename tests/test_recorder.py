@@ -7,8 +7,8 @@ import contextlib
 import pytest
 import torch
 
-from ddpm_fast import recorder
-from ddpm_fast.recorder import CudaRecorder, Pace
+from ddpm_fast.capture import recorder
+from ddpm_fast.capture.recorder import CudaRecorder, Pace
 
 DEVICE = torch.device("cuda", 1)
 

@@ -19,7 +19,8 @@ from graph_on_host import HostRecorder
 from test_states import count_to
 from torch import nn
 
-from ddpm_fast import NoiseSchedule, Sampler, UNet, UNetConfig, randn, recorder, states
+from ddpm_fast import NoiseSchedule, Sampler, UNet, UNetConfig, randn, states
+from ddpm_fast.capture import recorder
 from ddpm_fast.states import has_state, read_state
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -103,6 +103,7 @@ class Trainer:
             method="ddim",
             num_steps=min(config.output.sampling_steps, len(schedule)),
             spacing="trailing",
+            graph="off",  # its memory would be held while the model is trained
             device=world.device,
         )
         self.step_count = 0

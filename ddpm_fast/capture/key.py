@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .backends import chosen
-from .ops.reverse_step import check_clip
+from ..backends import chosen
+from ..ops.reverse_step import check_clip
 
 if TYPE_CHECKING:
-    from .sampling import Run
+    from ..sampling import Run
 
 # Whose equality is that of what a model makes of them, and which nobody changes in place
 _PLAIN = (

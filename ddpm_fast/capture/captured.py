@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .callers import warn_caller
-from .capture_key import Key, UnsuitedError, holders_of, key_of, tensors_of, with_tensors
-from .model import Model, call_model
+from ..callers import warn_caller
+from ..model import Model, call_model
+from ..sampling import Run, SampleStep
+from ..stepping import NO_NAN
+from .key import Key, UnsuitedError, holders_of, key_of, tensors_of, with_tensors
 from .recorder import Recorder
 from .rehearsal import Rehearsal, UncapturableError
-from .sampling import Run, SampleStep
-from .stepping import NO_NAN
 
 # Steps that are taken before one is captured: cuBLAS's and cuDNN's memory, compiled kernels and
 # choices by timing have to be there.

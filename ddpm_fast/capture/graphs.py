@@ -11,16 +11,16 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from .callers import place_of, warn_caller
-from .capture_key import Key, Same, UnsuitedError, holders_of, key_of
+from ..callers import place_of, warn_caller
+from ..nn.memory import within_memory
+from ..ops.checks import is_eager
 from .captured import CapturedStep
-from .nn.memory import within_memory
-from .ops.checks import is_eager
+from .key import Key, Same, UnsuitedError, holders_of, key_of
 from .recorder import RECORDERS
 from .rehearsal import UncapturableError
 
 if TYPE_CHECKING:
-    from .sampling import Run
+    from ..sampling import Run
 
 # Each holds the memory of a step: shapes, with and without x̂₀, that alternate.
 KEPT = 4

@@ -1,0 +1,1 @@
+"""Steps of a Sampler captured in graphs, CUDA's, and played again."""
