@@ -41,8 +41,8 @@ bench: install
 	$(BIN)/python -m pytest benchmarks --benchmark-only --results benchmarks/results
 
 # On a machine with an NVIDIA GPU, offline, with the packages that PYTHON has: builds for that GPU,
-# tests, runs compute-sanitizer and measures. PART=build, test, sanitize, bench or sampling:
-# that part alone.
+# tests, runs compute-sanitizer and measures. PART=build, test, sanitize, bench, sampling,
+# trajectory or sessions: that part alone.
 gpu-check: OUT = gpu-check
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py --out $(OUT) $(if $(PART),--part $(PART))

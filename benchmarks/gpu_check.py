@@ -3,8 +3,8 @@ gpu-check OUT=folder`. Needs no network and installs nothing: the interpreter th
 with CUDA, pytest, pytest-benchmark and pybind11, and nvcc, cmake and ninja are on PATH.
 
 Leaves two files in the folder, named after the GPU: a JSON and a table for people. PART=build,
-test, sanitize, bench or sampling runs that part alone. Ends with 1 if any part failed, with 2 if
-there is no GPU.
+test, sanitize, bench, sampling, trajectory or sessions runs that part alone. Ends with 1 if any
+part failed, with 2 if there is no GPU.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from results import file_name, table, write
 
 ROOT = Path(__file__).resolve().parent.parent
 # At most; in `sanitize` for each tool.
-SECONDS = {"build": 90, "test": 120, "sanitize": 70, "bench": 220, "sampling": 540}
+SECONDS = {"build": 90, "test": 120, "sanitize": 70, "bench": 220, "sampling": 540,
+           "trajectory": 540, "sessions": 300}  # fmt: skip
 
 Result = dict[str, Any]
 
@@ -110,7 +111,10 @@ def build(folder: Path, gpu: dict[str, str]) -> Result:
     return {"ok": shown["ok"], "backends": shown["output"].splitlines()}
 
 
+# Each a part of its own
 SAMPLING = "benchmarks/bench_sampling.py"
+TRAJECTORY = "benchmarks/bench_trajectory.py"
+SESSIONS = "benchmarks/bench_session.py"
 GPU_TESTS = [
     "tests/test_gpu.py",
     "tests/test_gpu_streams.py",
@@ -118,6 +122,7 @@ GPU_TESTS = [
     "tests/test_gpu_integrations.py",
     "tests/test_gpu_group_norm_silu.py",
     "tests/test_gpu_engine.py",
+    "tests/test_gpu_engine_rows.py",
     "tests/test_gpu_session.py",
     "tests/test_gpu_graph.py",
 ]
@@ -213,12 +218,23 @@ def sanitize(folder: Path, gpu: dict[str, str]) -> Result:
 
 def bench(folder: Path, gpu: dict[str, str]) -> Result:
     """The benchmarks of the kernels, on the GPU."""
-    return measured(folder, ["benchmarks", "--ignore", SAMPLING], SECONDS["bench"])
+    others = [word for path in (SAMPLING, TRAJECTORY, SESSIONS) for word in ("--ignore", path)]
+    return measured(folder, ["benchmarks", *others], SECONDS["bench"])
 
 
 def sampling(folder: Path, gpu: dict[str, str]) -> Result:
     """Whole steps, against what torch.compile makes of the network when it tries everything."""
     return measured(folder, [SAMPLING], SECONDS["sampling"])
+
+
+def trajectory(folder: Path, gpu: dict[str, str]) -> Result:
+    """Trajectories that are captured, against loops that are not."""
+    return measured(folder, [TRAJECTORY], SECONDS["trajectory"])
+
+
+def sessions(folder: Path, gpu: dict[str, str]) -> Result:
+    """In-flight batching, against a batch at a time."""
+    return measured(folder, [SESSIONS], SECONDS["sessions"])
 
 
 def measured(folder: Path, selection: list[str], seconds: int) -> Result:
@@ -241,6 +257,8 @@ PARTS: dict[str, Callable[[Path, dict[str, str]], Result]] = {
     "sanitize": sanitize,
     "bench": bench,
     "sampling": sampling,
+    "trajectory": trajectory,
+    "sessions": sessions,
 }
 
 
