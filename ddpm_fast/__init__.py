@@ -5,6 +5,7 @@ from .backends import backends, use_backend
 from .engine import Plan, prepare
 from .integrations import accelerate
 from .likelihood import BitsPerDim, bits_per_dim
+from .locking import InUseError
 from .loss import DenoisingLoss, LossOutput
 from .nn import UNet, UNetConfig
 from .ops import (
@@ -19,17 +20,23 @@ from .ops import (
 from .sampler import Sampler
 from .sampling import SampleStep
 from .schedule import NoiseSchedule, StepTable
+from .sessions import Handle, Session, SessionClosed, SessionFull
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BitsPerDim",
     "DenoisingLoss",
+    "Handle",
+    "InUseError",
     "LossOutput",
     "NoiseSchedule",
     "Plan",
     "SampleStep",
     "Sampler",
+    "Session",
+    "SessionClosed",
+    "SessionFull",
     "StepTable",
     "UNet",
     "UNetConfig",

@@ -37,7 +37,7 @@ from .schedule import (
 from .step_table import StepTable
 
 if TYPE_CHECKING:
-    from .session import Session
+    from .sessions import Session
 
 
 class Sampler:
@@ -285,7 +285,7 @@ class Sampler:
             TypeError, ValueError, MemoryError: as ``sample``; a guidance_scale of the sampler that
                 is [N].
         """
-        from .session import Session
+        from .sessions import Session
 
         return Session(self, shape, max_batch, max_waiting)
 

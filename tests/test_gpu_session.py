@@ -11,7 +11,7 @@ from unet_weights import gap
 
 import ddpm_fast
 from ddpm_fast import Sampler, use_backend
-from ddpm_fast.inflight import Flight, Flyer
+from ddpm_fast.sessions.flight import Flight, Flyer
 
 pytestmark = pytest.mark.gpu
 IMAGE = (3, 16, 16)

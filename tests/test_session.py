@@ -371,7 +371,7 @@ def test_results_keep_no_plan_alive():
 
 def test_many_lengths_at_once(monkeypatch):
     """More than are kept while others are in the batch."""
-    monkeypatch.setattr("ddpm_fast.lanes._KEPT", 2)
+    monkeypatch.setattr("ddpm_fast.sessions.lanes._KEPT", 2)
     asked = [{"sample_id": i, "num_steps": 1 + (5 * i) % 23} for i in range(60)]
     make = maker(exact)
     sampler = make()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from session_cases import SHAPE, Gated, alone, exact, maker, over
 
-from ddpm_fast.conditioning import copied, joined, signature, tensors
+from ddpm_fast.sessions.conditioning import copied, joined, signature, tensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHARED = torch.linspace(-1, 1, 31)  # more than a batch

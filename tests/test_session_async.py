@@ -10,7 +10,7 @@ import pytest
 import torch
 from session_cases import SECONDS, SHAPE, alone, exact, gated, maker
 
-from ddpm_fast.session import SessionClosed
+from ddpm_fast.sessions import SessionClosed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MAKE = maker(exact, num_steps=4)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from session_cases import SECONDS, SHAPE, alone, exact, gated, maker, over
 
-from ddpm_fast.session import SessionClosed, SessionFull
+from ddpm_fast.sessions import SessionClosed, SessionFull
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MAKE = maker(exact, num_steps=4)

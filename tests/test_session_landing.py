@@ -11,9 +11,10 @@ import pytest
 import torch
 from session_cases import SECONDS, SHAPE, Gated, alone, exact, maker, over
 
-from ddpm_fast import Sampler, inflight
-from ddpm_fast.inflight import Flyer
-from ddpm_fast.session import SessionClosed, SessionFull
+from ddpm_fast import Sampler
+from ddpm_fast.sessions import SessionClosed, SessionFull
+from ddpm_fast.sessions import flight as flights
+from ddpm_fast.sessions.flight import Flyer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MAKE = maker(exact, num_steps=2)
@@ -53,7 +54,7 @@ class Device:
 @pytest.fixture
 def device(monkeypatch):
     found = Device()
-    monkeypatch.setattr(inflight, "torch", found)
+    monkeypatch.setattr(flights, "torch", found)
     return found
 
 
@@ -99,7 +100,7 @@ def test_steps_are_taken_meanwhile(device):
         assert not handles[2].done()
         gate.open()
         assert is_right(handles[2])
-    assert device.waited == ["pace"] * (len(gate.sizes) - inflight._AHEAD) + ["land"]
+    assert device.waited == ["pace"] * (len(gate.sizes) - flights._AHEAD) + ["land"]
 
 
 def test_others_do_not_wait_for_what_lands(device):

@@ -18,7 +18,7 @@ import pytest
 import torch
 from session_cases import SECONDS, SHAPE, alone, exact, gated, maker
 
-from ddpm_fast.session import SessionClosed
+from ddpm_fast.sessions import SessionClosed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MAKE = maker(exact, num_steps=4)
@@ -148,7 +148,7 @@ def test_what_an_interrupted_iterator_was_given_goes_to_the_next():
 
 def test_the_thread_ends_when_idle_and_another_begins(monkeypatch):
     for name in ("_IDLE_SECONDS", "_PAUSE_SECONDS"):
-        monkeypatch.setattr(f"ddpm_fast.session.{name}", 0.01)
+        monkeypatch.setattr(f"ddpm_fast.sessions.session.{name}", 0.01)
     with MAKE().session(SHAPE, max_batch=2) as session:
         assert session._thread is None
         threads = set()
@@ -164,13 +164,13 @@ def test_the_thread_ends_when_idle_and_another_begins(monkeypatch):
 
 def test_submissions_meet_a_thread_that_ends(monkeypatch, many_switches):
     for name in ("_IDLE_SECONDS", "_PAUSE_SECONDS"):
-        monkeypatch.setattr(f"ddpm_fast.session.{name}", 0.0)
+        monkeypatch.setattr(f"ddpm_fast.sessions.session.{name}", 0.0)
     with MAKE().session(SHAPE, max_batch=2) as session:
         assert all(is_right(session.submit(sample_id=i, num_steps=1)) for i in range(200))
 
 
 def test_a_session_that_is_dropped_is_forgotten(monkeypatch):
-    monkeypatch.setattr("ddpm_fast.session._IDLE_SECONDS", 0.01)
+    monkeypatch.setattr("ddpm_fast.sessions.session._IDLE_SECONDS", 0.01)
     session = MAKE().session(SHAPE, max_batch=2)
     handle, thread = session.submit(sample_id=4), session._thread
     dead = weakref.ref(session)
@@ -261,7 +261,7 @@ PREPARED = """
 import asyncio, signal, sys, threading, time
 import torch
 from ddpm_fast import NoiseSchedule, Sampler
-from ddpm_fast.session import SessionClosed
+from ddpm_fast.sessions import SessionClosed
 def model(x, t):
     time.sleep(0.05)  # a minute a sample
     return 0.5 * x

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .engine import Trajectory
-from .model import first_parameter
-from .step_table import StepTable, joined
-from .stepping import backend_of, checked_parameter, device_of, low_precision
+from ..engine import Trajectory
+from ..model import first_parameter
+from ..step_table import StepTable, joined
+from ..stepping import backend_of, checked_parameter, device_of, low_precision
 
 if TYPE_CHECKING:
-    from .sampler import Sampler
+    from ..sampler import Sampler
 
 _KEPT = 16  # trajectories that nobody follows at the moment
 

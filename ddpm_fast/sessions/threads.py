@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .backends import native
+from ..backends import native
 
 
 class Settings:

@@ -23,15 +23,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from .inflight import Flight, Flyer, Landed
-from .ops.checks import as_int
-from .schedule import integer
+from ..ops.checks import as_int
+from ..schedule import integer
+from .flight import Flight, Flyer, Landed
 from .threads import Settings, release_threads
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-    from .sampler import Sampler
+    from ..sampler import Sampler
 
 _PAUSE_SECONDS = 0.05  # without work, after which OpenMP's threads, which spin, are not kept
 _IDLE_SECONDS = 5.0  # after which a thread without work ends; the next request starts another
@@ -304,7 +304,7 @@ class Session:
             OSError: it cannot be written.
             ImportError: safetensors is not installed.
         """
-        from . import session_state
+        from . import saved
 
         with self._paused():
             if settled := self._flight.settle():
@@ -317,7 +317,7 @@ class Session:
                 x = self._flight.state_of(handle._flyer)
                 row = handle._flyer.row if x is not None else 0
                 flyers.append(replace(handle._flyer, x=x, row=row))
-        session_state.save(folder, self._sampler, self._flight.shape, flyers)
+        saved.save(folder, self._sampler, self._flight.shape, flyers)
 
     def restore(self, folder: str | os.PathLike[str]) -> list[Handle]:
         """Takes up all samples that :meth:`save` saved, in their order, to the same bits as if
@@ -333,10 +333,10 @@ class Session:
             SessionClosed: it takes no more.
             ImportError: safetensors is not installed.
         """
-        from . import session_state
+        from . import saved
 
         handles, unfinished = [], []
-        for flyer in session_state.load(folder, self._sampler, self._flight.shape):
+        for flyer in saved.load(folder, self._sampler, self._flight.shape):
             handle = Handle(self, flyer, self._flight.lanes.length(flyer.num_steps))
             handles.append(handle)
             if flyer.row < handle.num_steps:

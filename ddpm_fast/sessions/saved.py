@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from .inflight import Flyer
-from .sample_state import check_same, described
-from .states import read_state, write_state
+from ..sample_state import check_same, described
+from ..states import read_state, write_state
+from .flight import Flyer
 
 if TYPE_CHECKING:
-    from .sampler import Sampler
+    from ..sampler import Sampler
 
 KIND = "session"
 
