@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import hashlib
 import types
 from collections.abc import Iterable, Mapping
@@ -14,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from .engine import Plan
+from .holding import held, parts
 
 _LONGEST = 200  # characters of a value that are kept as they are
+_PLAIN = (bool, int, float, complex, str, torch.dtype, torch.device)
 
 
 def value_text(value: Any, where: str) -> str:
@@ -42,35 +45,72 @@ def tensor_text(tensor: Tensor, where: str) -> str:
 
 def model_texts(model: Any) -> dict[str, str]:
     """What a model is, by name: its class, and of a module all parameters and buffers, and its
-    config where it has one. Of other callables no more than a name is known.
+    config where it has one. Of other callables their name, the modules that they hold, and what a
+    functools.partial binds.
 
     Raises:
         TypeError: weights that are not there (offloaded, sparse), by name.
         ReferenceError: a plan whose model is gone.
     """
     if isinstance(model, Plan):
-        plan, model = model, model._model()
-        if model is None:
-            raise ReferenceError(
-                "the model that the plan was prepared from is gone, by whose weights a saved state "
-                f"is known again: keep it as long as the {type(plan).__name__}"
-            )
+        model = _planned(model)
     method = ""
     if isinstance(model, types.MethodType) and isinstance(model.__self__, nn.Module):
         method, model = f".{model.__name__}", model.__self__
-    if not isinstance(model, nn.Module):
-        return {"model": getattr(model, "__qualname__", type(model).__qualname__)}
+    if isinstance(model, nn.Module):
+        return _module_texts(model, "model", "the model's", method)
+    name = getattr(model, "__qualname__", type(model).__qualname__)
+    texts = {"model": name}
+    if isinstance(model, functools.partial):
+        of = getattr(model.func, "__qualname__", type(model.func).__qualname__)
+        texts["model"] = f"partial of {of}"
+        for path, value in parts(model):
+            if value is None or isinstance(value, (Tensor, *_PLAIN)):
+                texts[f"the model's {path[1:]}"] = value_text(value, f"the model's {path[1:]}")
+    return {**texts, **modules_texts(model, "the model")}
+
+
+def modules_texts(function: Any, name: str) -> dict[str, str]:
+    """What the modules are that a callable holds, by where it holds them: in closures, defaults,
+    globals that it names, what a partial binds, attributes, lists, tuples and dictionaries.
+
+    Raises:
+        TypeError, ReferenceError: as :func:`model_texts`.
+    """
+    texts: dict[str, str] = {}
+    for path, module in held(function, _module_of).items():
+        texts |= _module_texts(module, f"{name}'s {path}", f"{name}'s {path}'s")
+    return texts
+
+
+def _module_of(value: Any) -> nn.Module | None:
+    if isinstance(value, Plan):
+        return _planned(value)
+    return value if isinstance(value, nn.Module) else None
+
+
+def _planned(plan: Plan) -> nn.Module:
+    model: nn.Module | None = plan._model()
+    if model is None:
+        raise ReferenceError(
+            "the model that the plan was prepared from is gone, by whose weights a saved state "
+            f"is known again: keep it as long as the {type(plan).__name__}"
+        )
+    return model
+
+
+def _module_texts(model: nn.Module, name: str, whose: str, method: str = "") -> dict[str, str]:
     training = ", in training mode" if model.training else ""
-    texts = {"model": f"{type(model).__qualname__}{method}{training}"}
+    texts = {name: f"{type(model).__qualname__}{method}{training}"}
     config = _config(model)
     if config is not None:
-        texts["the model's config"] = config
+        texts[f"{whose} config"] = config
     tensors = {
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
     }
-    digest = _digest(sorted(tensors.items()), "the model's")
-    texts["the model's weights"] = f"{len(tensors)} tensors, SHA-256 {digest}"
+    digest = _digest(sorted(tensors.items()), whose)
+    texts[f"{whose} weights"] = f"{len(tensors)} tensors, SHA-256 {digest}"
     return texts
 
 

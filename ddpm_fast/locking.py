@@ -13,7 +13,7 @@ _Lock = TypeVar("_Lock", bound="FileLock")
 
 
 class InUseError(RuntimeError):
-    """A folder that another process, or another thread, works in."""
+    """A folder that another process works in, or another call in this one."""
 
 
 class FileLock:
@@ -23,7 +23,7 @@ class FileLock:
     processes do not share it. An object that is lost lets it go, too.
 
     Raises:
-        InUseError: it is held already, by another process or in this one.
+        InUseError: it is held already, by another process or in this one; by which.
         OSError: the file cannot be made, or not be locked where it lies.
         NotImplementedError: this system has no flock.
     """
@@ -43,9 +43,11 @@ class FileLock:
         except BlockingIOError:
             self._file.seek(0)
             holder = (self._file.read(64) or b"").decode(errors="replace").strip()
+            by = f"process (pid {holder})" if holder else "process"
+            if self._is_ours():
+                by = "call in this process"
             self._file.close()
-            pid = f" (pid {holder})" if holder else ""
-            raise InUseError(f"{path.parent} is in use by another process{pid}") from None
+            raise InUseError(f"{path.parent} is in use by another {by}") from None
         except OSError as error:
             self._file.close()
             raise OSError(error.errno, f"cannot lock: {error.strerror}", str(path)) from error
@@ -60,6 +62,17 @@ class FileLock:
             return os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._path))
         except FileNotFoundError:
             return False
+
+    def _is_ours(self) -> bool:
+        """Whether this process holds it: the number in the file may be one of another machine."""
+        file = os.fstat(self._file.fileno())
+        # Other threads take and release locks meanwhile
+        with contextlib.suppress(RuntimeError):
+            for lock in _held:
+                with contextlib.suppress(OSError, ValueError):
+                    if os.path.samestat(file, os.fstat(lock._file.fileno())):
+                        return True
+        return False
 
     def release(self) -> None:
         if not self._file.closed:

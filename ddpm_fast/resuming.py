@@ -10,14 +10,12 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from .backends import select
 from .fingerprints import tensor_text, value_text
 from .ops.checks import is_channels_last, laid_out
-from .sample_state import check_same, described
+from .sample_state import arithmetic, check_same, described
 from .sampling import Run
 from .schedule import integer
 from .states import StateFolder
-from .stepping import backend_of
 
 KIND = "sample"
 
@@ -128,21 +126,14 @@ class Keeper:
 def call_of(run: Run, given: bool) -> dict[str, str]:
     """All that the bits of a call's result depend on, as far as it has a value, by name."""
     x = run.x
-    with backend_of(run.sampler):
-        backend = select(x.device)
-    seed = run.seed
     call = {
         "shape": str(list(x.shape)),
-        "seed": value_text(seed, "seed") if isinstance(seed, Tensor) else str(int(seed)),
-        "sample_ids": value_text(run.sample_ids, "sample_ids"),
+        "seed": _seed(run.seed),
+        "sample_ids": _ids(run.sample_ids, x.shape[0]),
         "x_T": f"{tensor_text(x, 'x_T')}{_layout(x)}" if given else "None",
         "start": str(run.rows.start),
         **described(run.sampler),
-        "the model's dtype": str(run.low_precision or torch.float32),
-        "the plan": _plan(run),
-        "the device": x.device.type,
-        "the backend": backend,
-        "autocast": _autocast(x.device.type),
+        **arithmetic(run.sampler, x.device, run.low_precision, run.plan),
     }
     for name, kwargs in (("model_kwargs", run.model_kwargs), ("uncond_kwargs", run.uncond_kwargs)):
         for key, value in (kwargs or {}).items():
@@ -150,19 +141,23 @@ def call_of(run: Run, given: bool) -> dict[str, str]:
     return call
 
 
+def _seed(seed: int | Tensor) -> str:
+    """One for all is the same however it was given."""
+    if not isinstance(seed, Tensor):
+        return str(int(seed))
+    if seed.numel() and bool((seed == seed.reshape(-1)[0]).all()):
+        return str(int(seed.reshape(-1)[0]) % (1 << 64))  # two's complement
+    return value_text(seed, "seed")
+
+
+def _ids(ids: Tensor | None, count: int) -> str:
+    """By what they are, however they were given."""
+    ids = torch.arange(count) if ids is None else ids.cpu()
+    if ids.equal(torch.arange(count)):
+        return f"0 … {count - 1}" if count else "none"
+    return value_text(ids, "sample_ids")
+
+
 def _layout(x: Tensor) -> str:
     """Sums over channels depend on it."""
     return "" if x.is_contiguous() else ", channels_last"
-
-
-def _plan(run: Run) -> str:
-    if run.plan is None:
-        return "none"
-    prepared = run.plan._prepared
-    return f"{', '.join(sorted(prepared.rewrites)) or 'no rewrites'} in {prepared.dtype}"
-
-
-def _autocast(device: str) -> str:
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return "off"
-    return str(torch.get_autocast_dtype(device))

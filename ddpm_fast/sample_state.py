@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import numbers
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .fingerprints import model_texts, tensor_text, value_text
+import torch
+
+from .backends import select
+from .engine import Trajectory
+from .fingerprints import model_texts, modules_texts, tensor_text, value_text
+from .stepping import backend_of
 
 if TYPE_CHECKING:
     from .sampler import Sampler
 
 
 def described(sampler: Sampler) -> dict[str, str]:
-    """All of a sampler that its samples' bits depend on and that has a value, by name. Of functions
-    it is only told whether there are any.
+    """All of a sampler that its samples' bits depend on and that has a value, by name; but for
+    where and how its model is computed, which :func:`arithmetic` tells. Of functions it is told
+    whether there are any, and which modules they hold.
 
     Raises:
         TypeError: a model whose weights are not there.
+        ReferenceError: a plan whose model is gone.
     """
     table, clip = sampler.table, sampler.clip
     t = table.timesteps
@@ -37,7 +45,33 @@ def described(sampler: Sampler) -> dict[str, str]:
         "guidance_scale": _number(sampler.guidance_scale),
         "denoised_fn": "None" if sampler.denoised_fn is None else "a function",
         "model_timesteps": value_text(sampler.model_timesteps, "model_timesteps"),
+        **modules_texts(sampler.denoised_fn, "denoised_fn"),
         **model_texts(sampler.model),
+    }
+
+
+def arithmetic(
+    sampler: Sampler,
+    device: torch.device,
+    low_precision: torch.dtype | None,
+    plan: Trajectory | None,
+) -> dict[str, str]:
+    """What rounds the states, by name. Of the backend and autocast it is those of who asks: to be
+    called where the steps are taken.
+
+    Args:
+        device: of the states.
+        low_precision: the model's input dtype where it is not float32.
+        plan: of the model, if one computes it.
+    """
+    with backend_of(sampler):
+        backend = select(device)
+    return {
+        "the model's dtype": str(low_precision or torch.float32),
+        "the plan": _plan(plan),
+        "the device": device.type,
+        "the backend": backend,
+        "autocast": _autocast(device.type),
     }
 
 
@@ -62,7 +96,20 @@ def check_same(
 
 
 def _number(value: Any) -> str:
-    return str(float(value)) if isinstance(value, (int, float)) else value_text(value, "")
+    return str(float(value)) if isinstance(value, numbers.Real) else value_text(value, "")
+
+
+def _plan(plan: Trajectory | None) -> str:
+    if plan is None:
+        return "none"
+    prepared = plan._prepared
+    return f"{', '.join(sorted(prepared.rewrites)) or 'no rewrites'} in {prepared.dtype}"
+
+
+def _autocast(device: str) -> str:
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return "off"
+    return str(torch.get_autocast_dtype(device))
 
 
 def _shown(values: Mapping[str, Any], name: str) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
+import functools
 import itertools
 import subprocess
 import sys
@@ -12,7 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from ddpm_fast.fingerprints import model_texts, tensor_text, value_text
+from ddpm_fast import UNet, UNetConfig, prepare
+from ddpm_fast.fingerprints import model_texts, modules_texts, tensor_text, value_text
 
 
 class Colour(enum.Enum):
@@ -117,6 +120,161 @@ def test_other_callables():
     conv = nn.Conv2d(1, 1, 1).eval()
     assert model_texts(conv.forward).keys() == model_texts(conv).keys()
     assert model_texts(conv.forward)["model"] == "Conv2d.forward"
+
+
+class Holder:
+    def __init__(self, net):
+        self.net, self.calls = net, 0
+
+    def __call__(self, x, t):
+        self.calls += 1
+        return self.net(x)
+
+    def predict(self, x, t):
+        return self.net(x)
+
+
+class Empty:
+    def __call__(self, x, t):
+        return GLOBAL(x)
+
+
+@dataclasses.dataclass
+class Slots:
+    __slots__ = ("net",)
+    net: nn.Module
+
+    def __call__(self, x, t):
+        return self.net(x)
+
+
+def apply(net, x, t, scale=1.0):
+    return scale * net(x)
+
+
+def wrapped(function):
+    @functools.wraps(function)
+    def wrapper(*arguments):
+        return function(*arguments)
+
+    return wrapper
+
+
+GLOBAL = nn.Identity().eval()
+
+
+def global_model(x, t):
+    return GLOBAL(x)
+
+
+def set_global(net, model):
+    globals()["GLOBAL"] = net
+    return model
+
+
+def with_default(net):
+    def model(x, t, first=None, net=net):
+        return net(x)
+
+    return model
+
+
+def with_keyword(net):
+    def model(x, t, *, net=net):
+        return net(x)
+
+    return model
+
+
+def inner(net):
+    return lambda x, t: (lambda: GLOBAL(x))()
+
+
+# A callable that holds a module, and where
+HOLDERS = [
+    ("net", lambda net: lambda x, t: net(x)),
+    ("net", with_default),
+    ("net", with_keyword),
+    ("args[0]", lambda net: functools.partial(apply, net)),
+    ("net", lambda net: functools.partial(apply, net=net)),
+    ("func", lambda net: functools.partial(net, y=1)),
+    ("func.self", lambda net: functools.partial(net.forward, y=1)),
+    ("func.net", lambda net: functools.partial(lambda x, t, y: net(x), y=1)),
+    ("net", Holder),
+    ("net", Slots),
+    ("self.net", lambda net: Holder(net).predict),
+    ("holder.net", lambda net: (lambda holder: lambda x, t: holder(x, t))(Holder(net))),
+    ("nets[1]", lambda net: (lambda nets: lambda x, t: nets[1](x))([None, net])),
+    ("nets['b']", lambda net: (lambda nets: lambda x, t: nets["b"](x))({"b": net})),
+    ("holder.net[0]", lambda net: (lambda holder: lambda x, t: holder)(Holder((net,)))),
+    ("__wrapped__.net", lambda net: wrapped(lambda x, t: net(x))),
+    ("GLOBAL", lambda net: set_global(net, global_model)),
+    ("GLOBAL", lambda net: set_global(net, inner(net))),
+    ("__call__.GLOBAL", lambda net: set_global(net, Empty())),
+    ("global_model.GLOBAL", lambda net: set_global(net, lambda x, t: global_model(x, t))),
+]
+
+
+@pytest.mark.parametrize(("where", "holder"), HOLDERS)
+def test_modules_that_callables_hold(where, holder, monkeypatch):
+    monkeypatch.setitem(globals(), "GLOBAL", GLOBAL)
+    one, two = torch.ones(2), torch.zeros(2)
+    texts = model_texts(holder(module(a=one)))
+    assert texts[f"the model's {where}"] == "Module"
+    assert texts[f"the model's {where}'s weights"].startswith("1 tensors, SHA-256")
+    assert texts == model_texts(holder(module(a=one.clone())))
+    for other in (module(a=two), module(b=one), module(a=one).train(), nn.Identity().eval()):
+        assert texts != model_texts(holder(other))
+    with pytest.raises(TypeError, match=r"the model's .*'s a is on the meta device"):
+        model_texts(holder(module(a=torch.ones(2, device="meta"))))
+
+
+def test_what_else_callables_hold():
+    """Counts and caches may differ in another process; what a partial binds is an argument."""
+    net = nn.Linear(2, 2)
+    holder = Holder(net)
+    before = model_texts(holder)
+    holder(torch.ones(2), 0)
+    holder.log, holder.cache, holder.itself = [1.0], {"last": [net]}, holder
+    assert model_texts(holder) == before
+    assert model_texts(functools.partial(apply, net, scale=2.0)) != model_texts(
+        functools.partial(apply, net, scale=3.0)
+    )
+    bound = model_texts(functools.partial(apply, X, scale=2.0))
+    assert bound["model"] == "partial of apply"
+    assert bound["the model's scale"] == "2.0"
+    assert bound["the model's args[0]"] == tensor_text(X, "")
+    a, b = module(a=X), module(a=X + 1)
+    pairs = [(a, b), (b, a), (a, a), (b, b)]
+    texts = [str(model_texts(functools.partial(apply, *pair))) for pair in pairs]
+    assert len(set(texts)) == 4
+    assert modules_texts(None, "denoised_fn") == modules_texts(torch.tanh, "denoised_fn") == {}
+
+
+def test_a_plan_in_a_function():
+    torch.manual_seed(0)
+    unet = UNet(UNetConfig(image_size=8, channels=(32,), attention_resolutions=())).eval()
+    plan = prepare(unet)
+    texts = model_texts(lambda x, t: plan(x, t))
+    assert texts["the model's plan"] == "UNet"
+    assert texts["the model's plan's weights"] == model_texts(unet)["the model's weights"]
+    del unet
+    with pytest.raises(ReferenceError, match="the model that the plan was prepared from is gone"):
+        model_texts(lambda x, t: plan(x, t))
+
+
+def test_found_in_the_same_places_in_another_process():
+    code = (
+        "import torch\nfrom torch import nn\nfrom ddpm_fast.fingerprints import model_texts\n"
+        "nets = {name: nn.Identity() for name in 'abc'}\nz = nn.Identity()\n"
+        "print(model_texts(lambda x, t: z(nets['a'](x))))"
+    )
+    made = {
+        subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
+        for _ in range(2)
+    }
+    assert len(made) == 1
+    assert made.pop().count(b"weights") == 4
 
 
 @pytest.mark.parametrize(

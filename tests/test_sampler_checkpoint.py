@@ -132,6 +132,27 @@ def test_goes_on_to_the_same_bits(tmp_path, case):
     assert found.stride() == undisturbed(case).stride()
 
 
+IDS = torch.arange(3)
+AGAIN: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({}, {"sample_ids": [0, 1, 2]}),
+    ({"sample_ids": IDS}, {"sample_ids": None}),
+    ({"sample_ids": IDS + 4}, {"sample_ids": range(4, 7)}),
+    ({"seed": 7}, {"seed": torch.full((3,), 7)}),
+    ({"seed": torch.full((3,), -1)}, {"seed": (1 << 64) - 1}),
+]
+
+
+@pytest.mark.parametrize(("first", "then"), AGAIN)
+def test_the_same_call_in_other_words(tmp_path, first, then):
+    """Seeds and ids count by what they are."""
+    with pytest.raises(Stop):
+        sampler_of().sample(SHAPE, **first, checkpoint=tmp_path, callback=stops_at(8))
+    sampler = sampler_of()
+    found = sampler.sample(SHAPE, **then, checkpoint=tmp_path)
+    assert sampler.model.calls == 4
+    assert torch.equal(found, sampler_of().sample(SHAPE, **first))
+
+
 @every_case
 def test_without_a_callback(tmp_path, case):
     """Where steps are taken in place; the model fails in the middle of one."""

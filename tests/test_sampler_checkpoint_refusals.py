@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import sys
 from typing import Any
@@ -56,8 +57,10 @@ DIFFERENCES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], dic
     ("shape: [3, 2, 8, 8] there, [2, 2, 8, 8] here", {}, {}, {}, {"shape": [2, 2, 8, 8]}),
     ("seed: 0 there, 1 here", {}, {}, {}, {"seed": 1}),
     ("seed: int64 [3], SHA-256", {}, {"seed": Y}, {}, {"seed": Z}),
-    ("sample_ids: int64 [3], SHA-256", {}, {"sample_ids": Y}, {}, {"sample_ids": [0, 1, 3]}),
-    ("sample_ids: None there, int64 [3]", {}, {}, {}, {"sample_ids": [7, 8, 9]}),
+    ("seed: 7 there, int64 [3], SHA-256", {}, {"seed": 7}, {}, {"seed": Z}),
+    ("sample_ids: int64 [3], SHA-256", {}, {"sample_ids": Z}, {}, {"sample_ids": [0, 1, 4]}),
+    ("sample_ids: 0 … 2 there, int64 [3]", {}, {}, {}, {"sample_ids": [7, 8, 9]}),
+    ("sample_ids: 0 … 2 there, int64 [3]", {}, {}, {}, {"sample_ids": [1, 0, 2]}),
     ("x_T: float32 [3, 2, 8, 8], SHA-256", {}, {"x_T": X_T}, {}, {"x_T": X_T + 1}),
     ("x_T: None there, float32", {}, {}, {}, {"x_T": randn(SHAPE, seed=0)}),
     ("channels_last here", {}, {"x_T": X_T}, {},
@@ -130,6 +133,36 @@ def test_another_call_is_refused(tmp_path, named, sampler, call, other_sampler, 
     assert (tmp_path / "state.json").read_bytes() == before
     found = sample(sampler, call, checkpoint=tmp_path)
     assert torch.equal(found, sample(sampler, call))
+
+
+def test_another_network_in_a_function_is_refused(tmp_path):
+    """As it is usually wrapped: in a lambda or a partial, perhaps by name alone."""
+
+    def call(net, x, t):
+        return net(x, t)
+
+    for number, model in enumerate(
+        (lambda net: lambda x, t: net(x, t), lambda net: functools.partial(call, net))
+    ):
+        folder = tmp_path / str(number)
+        with pytest.raises(Stop):
+            sampler_of(model(of_seed(0))).sample(SHAPE, checkpoint=folder, callback=stops_at(3))
+        for _ in range(2):  # where it is half done, and where it is done
+            with pytest.raises(ValueError, match=r"the model's .*'s weights: 6 tensors, SHA-256"):
+                sampler_of(model(of_seed(1))).sample(SHAPE, checkpoint=folder)
+            found = sampler_of(model(of_seed(0))).sample(SHAPE, checkpoint=folder)
+        assert torch.equal(found, sampler_of(of_seed(0)).sample(SHAPE))
+
+
+def test_another_network_in_denoised_fn_is_refused(tmp_path):
+    def sample(net):
+        sampler = sampler_of(denoised_fn=lambda x0: net(x0, torch.zeros(3, dtype=torch.int64)))
+        return sampler.sample(SHAPE, checkpoint=tmp_path)
+
+    found = sample(of_seed(0))
+    with pytest.raises(ValueError, match="denoised_fn's net's weights: 6 tensors"):
+        sample(of_seed(1))
+    assert torch.equal(sample(of_seed(0)), found)
 
 
 def test_a_plan_is_known_by_its_model(tmp_path):
@@ -294,8 +327,8 @@ def test_two_at_once(tmp_path):
     def another():
         try:
             sampler_of().sample(SHAPE, checkpoint=tmp_path)
-        except InUseError:
-            os._exit(7)
+        except InUseError as error:
+            os._exit(7 if f"another process (pid {os.getppid()})" in str(error) else 8)
 
     def callback(step):
         if step.step == 4:
@@ -308,5 +341,5 @@ def test_two_at_once(tmp_path):
     found = sampler_of().sample(SHAPE, checkpoint=tmp_path, callback=callback)
     assert statuses == [7]
     assert len(refused) == 1
-    assert f"in use by another process (pid {os.getpid()})" in refused[0]
+    assert refused[0].endswith("is in use by another call in this process")
     assert torch.equal(found, undisturbed("plain"))

@@ -99,7 +99,7 @@ def test_a_run_that_is_there(tmp_path, config, capsys):
     assert (status, "steps: 6 → 5 (they may only grow)" in said) == (2, True)
     with RunLock(out / "lock"):
         status, said = complaint(capsys, *common, "--resume")
-    assert (status, f"in use by another process (pid {os.getpid()})" in said) == (1, True)
+    assert (status, "in use by another call in this process: wait for it" in said) == (1, True)
     (tmp_path / "file").write_text("")
     status, said = complaint(capsys, *common[:-3], "--out", tmp_path / "file")
     assert (status, "is a file; a run is kept in a folder" in said) == (2, True)

@@ -258,7 +258,7 @@ def test_a_second_ctrl_c_stops_at_once(capfd):
 
 def test_the_lock_is_the_process_alone(tmp_path):
     lock = RunLock(tmp_path / "lock")
-    with pytest.raises(RunError, match=rf"in use by another process \(pid {os.getpid()}\)"):
+    with pytest.raises(RunError, match="in use by another call in this process: wait"):
         RunLock(tmp_path / "lock")
     reading, writing = os.pipe()
     child = os.fork()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..engine import Trajectory
 from ..model import first_parameter
+from ..sample_state import arithmetic
 from ..step_table import StepTable, joined
 from ..stepping import backend_of, checked_parameter, device_of, low_precision
 
@@ -59,6 +60,7 @@ class Lanes:
     Attributes:
         table: the joined one, on ``device``; another object whenever it changes.
         told: what the model is told at its rows, int64 or float32, on ``device``.
+        arithmetic: of the steps, by name: what a saved state is known by beside the sampler.
     """
 
     def __init__(self, sampler: Sampler, shape: Sequence[int]) -> None:
@@ -69,6 +71,7 @@ class Lanes:
         lane = self._lanes[None] = self._lane(None)
         lies = parameter if lane.plan is None else lane.plan
         self.device, self.low_precision = device_of(sampler, lies), low_precision(lies)
+        self.arithmetic = arithmetic(sampler, self.device, self.low_precision, lane.plan)
         self._join()
 
     def length(self, num_steps: int | None) -> int:
@@ -106,6 +109,7 @@ class Lanes:
         if (device := device_of(self._sampler, lies)) != self.device:
             raise ValueError(f"the model is on {device} now, and its session on {self.device}")
         self.low_precision = low_precision(lies)
+        self.arithmetic = arithmetic(self._sampler, device, self.low_precision, lane.plan)
         if any(lane.family != other.family for other in self._lanes.values()):
             self._lanes = {None: lane}  # of other weights: all are made anew
             self._join()

@@ -7,23 +7,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from ..sample_state import check_same, described
 from ..states import read_state, write_state
-from .flight import Flyer
-
-if TYPE_CHECKING:
-    from ..sampler import Sampler
+from .flight import Flight, Flyer
 
 KIND = "session"
 
 
-def save(
-    folder: str | os.PathLike[str], sampler: Sampler, shape: Sequence[int], flyers: Sequence[Flyer]
-) -> None:
+def save(folder: str | os.PathLike[str], flight: Flight, flyers: Sequence[Flyer]) -> None:
     """Writes samples whose ``x`` is their state, on the CPU, where they have one.
 
     Raises:
@@ -46,12 +41,11 @@ def save(
                 "uncond_kwargs": _encoded(flyer.uncond_kwargs, f"{i}.uncond_kwargs", tensors),
             }
         )
-    description = {"shape": list(shape), "sampler": described(sampler), "samples": samples}
-    write_state(folder, KIND, description, tensors)
+    write_state(folder, KIND, {"sampler": _known_by(flight), "samples": samples}, tensors)
 
 
-def load(folder: str | os.PathLike[str], sampler: Sampler, shape: Sequence[int]) -> list[Flyer]:
-    """What :func:`save` wrote, for a sampler that draws the same.
+def load(folder: str | os.PathLike[str], flight: Flight) -> list[Flyer]:
+    """What :func:`save` wrote, for a flight that draws the same in the same arithmetic.
 
     Raises:
         FileNotFoundError: the folder holds no state.
@@ -62,8 +56,7 @@ def load(folder: str | os.PathLike[str], sampler: Sampler, shape: Sequence[int])
     if found is None:
         raise FileNotFoundError(f"{os.fspath(folder)} holds no state of a session")
     description, tensors = found
-    ours = {"shape": list(shape), **described(sampler)}
-    check_same(folder, {"shape": description["shape"], **description["sampler"]}, ours)
+    check_same(folder, description["sampler"], _known_by(flight))
     flyers = []
     for i, sample in enumerate(description["samples"]):
         flyers.append(
@@ -79,6 +72,11 @@ def load(folder: str | os.PathLike[str], sampler: Sampler, shape: Sequence[int])
             )
         )
     return flyers
+
+
+def _known_by(flight: Flight) -> dict[str, str]:
+    shape = {"shape": str(flight.shape)}
+    return {**shape, **described(flight.sampler), **flight.lanes.arithmetic}
 
 
 def _encoded(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

@@ -317,7 +317,7 @@ class Session:
                 x = self._flight.state_of(handle._flyer)
                 row = handle._flyer.row if x is not None else 0
                 flyers.append(replace(handle._flyer, x=x, row=row))
-        saved.save(folder, self._sampler, self._flight.shape, flyers)
+        saved.save(folder, self._flight, flyers)
 
     def restore(self, folder: str | os.PathLike[str]) -> list[Handle]:
         """Takes up all samples that :meth:`save` saved, in their order, to the same bits as if
@@ -336,7 +336,7 @@ class Session:
         from . import saved
 
         handles, unfinished = [], []
-        for flyer in saved.load(folder, self._sampler, self._flight.shape):
+        for flyer in saved.load(folder, self._flight):
             handle = Handle(self, flyer, self._flight.lanes.length(flyer.num_steps))
             handles.append(handle)
             if flyer.row < handle.num_steps:
