@@ -35,10 +35,12 @@ class Keeper:
         given: whether its x_T was given.
 
     Raises:
-        TypeError: an argument of the model's that cannot be told from another in another process.
+        TypeError: an argument of the model's that cannot be told from another in another process;
+            weights that are not there.
+        ReferenceError: a plan whose model is gone.
         ValueError: the folder holds the state of another call, and in what they differ, or
             something else.
-        InUseError: another process goes on from it.
+        InUseError: another process, or another call in this one, goes on from it.
         OSError: it cannot be written to.
     """
 

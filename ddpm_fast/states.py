@@ -75,7 +75,7 @@ def write_state(
 
     Raises:
         ValueError: the folder holds something else.
-        InUseError: another process is at work in it.
+        InUseError: another process, or another call in this one, is at work in it.
         OSError: it cannot be written; the state that was there is as it was.
         ImportError: safetensors is not installed.
     """
@@ -88,7 +88,7 @@ class StateFolder:
 
     Raises:
         ValueError: it holds something else.
-        InUseError: another process, or this one by another object, is at work in it.
+        InUseError: another process, or another call in this one, is at work in it.
         OSError: it cannot be made, or not be written to.
     """
 
