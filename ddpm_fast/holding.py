@@ -10,14 +10,14 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-_LEVELS = 3  # a lambda's object's list's module
+_LEVELS = 4  # a partial's method's object's pipeline's module
 _LONGEST = 1000  # of a list that is looked through: not of a data set
 
 _T = TypeVar("_T")
 
 
 def held(holder: Any, wanted: Callable[[Any], _T | None]) -> dict[str, _T]:
-    """What is wanted among the things that a holder leads to in three levels, by its path.
+    """What is wanted among the things that a holder leads to in four levels, by its path.
 
     In the same order in every process. One that is found is not looked through; nor is it told
     again where a longer way leads to it, which may be a cache's that is not there in each process.

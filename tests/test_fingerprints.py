@@ -134,6 +134,11 @@ class Holder:
         return self.net(x)
 
 
+class Pipeline:
+    def __init__(self, unet):
+        self.unet = unet
+
+
 class Empty:
     def __call__(self, x, t):
         return GLOBAL(x)
@@ -199,6 +204,7 @@ HOLDERS = [
     ("net", lambda net: functools.partial(apply, net=net)),
     ("func", lambda net: functools.partial(net, y=1)),
     ("func.self", lambda net: functools.partial(net.forward, y=1)),
+    ("func.self.net.unet", lambda net: functools.partial(Holder(Pipeline(net)).predict)),
     ("func.net", lambda net: functools.partial(lambda x, t, y: net(x), y=1)),
     ("net", Holder),
     ("net", Slots),
