@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
 from .backends import chosen
+from .callers import warn_caller
 from .engine import Plan, Trajectory, prepare
 from .model import Model
 from .nn import inspection
@@ -84,6 +84,12 @@ class Planner:
             return None
         return found
 
+    def is_as_it_was(self, trajectory: Trajectory) -> bool:
+        """Whether the model still has the weights of a trajectory, as far as can be seen without a
+        look at their values."""
+        plan = self._made if self._given is None else self._given
+        return plan is not None and not plan.stale and plan._prepared is trajectory.family
+
     def _plan_of(self, model: Any) -> Plan:
         if self._given is not None:
             return self._given
@@ -111,13 +117,13 @@ class Planner:
 
     def _tell_without(self, error: Exception) -> None:
         dtype = "" if self._dtype is None else f" (plan_dtype={self._dtype} is not obeyed)"
-        self._tell(f"sampling without a plan{dtype}: {error}", stacklevel=6)
+        self._tell(f"sampling without a plan{dtype}: {error}")
 
-    def _tell(self, what: str, stacklevel: int = 5) -> None:
+    def _tell(self, what: str) -> None:
         """Once, to who samples."""
         if what != self._told:
             self._told = what
-            warnings.warn(what, stacklevel=stacklevel)
+            warn_caller(what)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy, perhaps in another process, makes its own.

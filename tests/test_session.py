@@ -356,7 +356,7 @@ def test_results_keep_no_plan_alive():
     session = sampler.session(IMAGE, max_batch=2)
     with session:
         handles = [session.submit(sample_id=i, num_steps=2 + i) for i in range(3)]
-        thread = session._thread
+        thread = session._book.thread
         handles[2].result(SECONDS)
     assert len(list(session)) == 2
     results = [handle.result() for handle in handles]

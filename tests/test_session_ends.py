@@ -448,7 +448,7 @@ def test_a_callback_that_exits_ends_the_session_alone():
         raise SystemExit(3)
 
     handles[0].add_done_callback(leave)
-    thread = session._thread
+    thread = session._book.thread
     gate.open()
     thread.join(SECONDS)
     assert is_right(handles[0])

@@ -87,7 +87,7 @@ def test_of_a_sample(arguments, error, message):
         with pytest.raises(error, match=message):
             session.submit(**arguments)
         assert (session.running, session.waiting) == (0, 0)
-        assert session._thread is None
+        assert session._book.thread is None
         assert torch.equal(session.submit().result(SECONDS), alone(MAKE, SHAPE))
 
 

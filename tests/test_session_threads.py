@@ -120,25 +120,25 @@ def test_what_an_interrupted_iterator_was_given_goes_to_the_next():
     with session:
         handles = [session.submit(sample_id=i) for i in range(2)]
         gate.reached()
-        first, second, third = (session._next() for _ in range(3))
+        first, second, third = (session._book.next_finished() for _ in range(3))
         gate.open()
         assert first.result(SECONDS) is handles[0]
         assert second.result(SECONDS) is handles[1]
         assert third.result(SECONDS) is None
-        session._not_taken(second)
-        session._not_taken(first)
-        session._not_taken(third)
+        session._book.not_taken(second)
+        session._book.not_taken(first)
+        session._book.not_taken(third)
         assert list(session) == handles
     gate, session = gated(num_steps=1, max_batch=1)
     with session:
         handles = [session.submit(sample_id=i) for i in range(2)]
         gate.reached()
-        first, second, third = (session._next() for _ in range(3))
+        first, second, third = (session._book.next_finished() for _ in range(3))
         gate.let()
         assert first.result(SECONDS) is handles[0]
-        session._not_taken(first)  # while others wait
+        session._book.not_taken(first)  # while others wait
         assert second.result(SECONDS) is handles[0]
-        session._not_taken(third)
+        session._book.not_taken(third)
         gate.open()
         assert list(session) == [handles[1]]
 
@@ -148,31 +148,31 @@ def test_what_an_interrupted_iterator_was_given_goes_to_the_next():
 
 def test_the_thread_ends_when_idle_and_another_begins(monkeypatch):
     for name in ("_IDLE_SECONDS", "_PAUSE_SECONDS"):
-        monkeypatch.setattr(f"ddpm_fast.sessions.session.{name}", 0.01)
+        monkeypatch.setattr(f"ddpm_fast.sessions.worker.{name}", 0.01)
     with MAKE().session(SHAPE, max_batch=2) as session:
-        assert session._thread is None
+        assert session._book.thread is None
         threads = set()
         for i in range(4):
             handle = session.submit(sample_id=i)
-            thread = session._thread
+            thread = session._book.thread
             assert is_right(handle)
             thread.join(SECONDS)
-            assert session._thread is None
+            assert session._book.thread is None
             threads.add(thread)
         assert len(threads) == 4
 
 
 def test_submissions_meet_a_thread_that_ends(monkeypatch, many_switches):
     for name in ("_IDLE_SECONDS", "_PAUSE_SECONDS"):
-        monkeypatch.setattr(f"ddpm_fast.sessions.session.{name}", 0.0)
+        monkeypatch.setattr(f"ddpm_fast.sessions.worker.{name}", 0.0)
     with MAKE().session(SHAPE, max_batch=2) as session:
         assert all(is_right(session.submit(sample_id=i, num_steps=1)) for i in range(200))
 
 
 def test_a_session_that_is_dropped_is_forgotten(monkeypatch):
-    monkeypatch.setattr("ddpm_fast.sessions.session._IDLE_SECONDS", 0.01)
+    monkeypatch.setattr("ddpm_fast.sessions.worker._IDLE_SECONDS", 0.01)
     session = MAKE().session(SHAPE, max_batch=2)
-    handle, thread = session.submit(sample_id=4), session._thread
+    handle, thread = session.submit(sample_id=4), session._book.thread
     dead = weakref.ref(session)
     del session
     assert is_right(handle)  # it goes on for those who have asked
@@ -201,7 +201,7 @@ def test_a_thread_that_dies_takes_nobody_along(where, monkeypatch):
     gate, session = gated(max_batch=2)
     handles = [session.submit(sample_id=i) for i in range(4)]
     gate.reached()
-    thread = session._thread
+    thread = session._book.thread
     with ThreadPoolExecutor(3) as pool:
         iterated = pool.submit(list, session)
         closing = pool.submit(session.close)

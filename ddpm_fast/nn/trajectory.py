@@ -123,6 +123,8 @@ class Trajectory:
             raise TypeError(
                 f"row must be an integer, the timestep's place in the trajectory; got {row!r}"
             ) from None
+        if not len(self):
+            raise IndexError("row must lie in a trajectory, and this one has no timesteps")
         if not 0 <= row < len(self):
             raise IndexError(f"row must lie in 0 … {len(self) - 1}; got {row}")
         return row

@@ -63,6 +63,10 @@ class Flyer:
             ) from None
         self.signature = conditioning.signature((self.kwargs, self.uncond_kwargs))
 
+    def release(self) -> None:
+        """Its arguments, when no step needs them any more: handles may be kept for long."""
+        self.kwargs, self.uncond_kwargs, self.given = {}, None, None
+
 
 @dataclass(frozen=True)
 class Landed:
@@ -100,8 +104,24 @@ class Flight:
         return self.max_batch - sum(len(group.flyers) for group in self._groups.values())
 
     @property
+    def landing(self) -> bool:
+        """Whether some have taken all their steps, and a GPU has not told of it yet."""
+        return bool(self._landing)
+
+    @property
     def busy(self) -> bool:
         return bool(self._groups or self._landing)
+
+    def description(self) -> dict[str, str]:
+        """Of what draws these samples, or the next if there are none, for a saved state.
+
+        Raises:
+            TypeError, ValueError, MemoryError: the model cannot be sampled from as it is now; its
+                weights were changed while samples of its plan are under way.
+        """
+        if not self.busy:
+            self.lanes.renew()
+        return {"shape": str(self.shape), **self.lanes.description()}
 
     def join(self, flyers: Iterable[Flyer]) -> list[Landed]:
         """Takes more, up to :attr:`room`; those that cannot be drawn land at once."""
@@ -141,29 +161,39 @@ class Flight:
         for kind, group in list(self._groups.items()):
             group.leave([i for i, flyer in enumerate(group.flyers) if flyer in unwanted])
             self._forget_if_empty(kind)
+        for flyer in unwanted:
+            flyer.release()
 
-    def state_of(self, flyer: Flyer) -> Tensor | None:
-        """[C, …] before its next step, on the CPU; None where it is noise yet to be drawn."""
+    def state_of(self, flyer: Flyer) -> tuple[int, Tensor | None]:
+        """Its next row and [C, …] before it, on the CPU; None where it is noise yet to be drawn."""
         for group in self._groups.values():
             if flyer in group.flyers:
-                return group.x[group.flyers.index(flyer)].to("cpu", copy=True)
-        return flyer.x  # that it came with, or none
+                return flyer.row, group.x[group.flyers.index(flyer)].to("cpu", copy=True)
+        for _, done, _ in self._landing:
+            for other, x in done:
+                if other is flyer:
+                    x = x.to("cpu", copy=True)
+                    return (0, None) if bool(x.isnan().any()) else (flyer.row, x)
+        return (0, None) if flyer.x is None else (flyer.row, flyer.x)  # that it came with
 
     @torch.no_grad()
     def step(self, wait: bool = True) -> list[Landed]:
         """One step of all. On a GPU samples land when it has computed them, at a later step; it is
         waited for where nothing else is under way, and ``wait``."""
-        landed = []
+        landed: list[Landed] = []
         for kind, group in list(self._groups.items()):
             landed += [Landed(flyer, error) for flyer, error in group.step()]
-            done = [i for i, flyer in enumerate(group.flyers) if flyer.row == len(flyer.lane)]
-            if done:
-                landed += self._land([(group.flyers[i], group.x[i].clone()) for i in done])
+            if done := group.done():
+                flyers = [group.flyers[i] for i in done]
+                try:
+                    landed += self._land([(group.flyers[i], group.x[i].clone()) for i in done])
+                except Exception as error:  # no memory, say
+                    landed += [Landed(flyer, error) for flyer in flyers]
                 group.leave(done)
             self._forget_if_empty(kind)
         if self._lands_late:
             self._pace()
-        landed += self._arrived(wait=wait and not self._groups)
+            landed += self._arrived(wait=wait and not self._groups)
         return landed
 
     def _forget_if_empty(self, kind: Hashable) -> None:

@@ -26,6 +26,7 @@ class Group:
     def __init__(self, flight: Flight) -> None:
         self._flight, self._lanes = flight, flight.lanes
         device = flight.device
+        self._on_gpu = device.type == "cuda"
         self.flyers: list[Flyer] = []
         self.x = torch.empty([0, *flight.shape], device=device)
         lowp = flight.lanes.low_precision
@@ -36,6 +37,7 @@ class Group:
         self._scales = torch.empty(0, device=device)
         self._nan_step = torch.full((1,), NO_NAN, dtype=torch.int32, device=device)
         self._batch: Batch | None = None
+        self._left = 0  # steps of all that nobody lands before; 0 if it was not looked
         self._stepper = Stepper(flight.sampler, flight.lanes.table)
 
     def join(self, flyers: Sequence[Flyer]) -> None:
@@ -67,7 +69,7 @@ class Group:
         if self._lowp is not None:
             self._lowp[place] = self.x[place]
         self.flyers += flyers
-        self._batch = None
+        self._batch, self._left = None, 0
 
     def _hold(self, count: int) -> None:
         """Makes room for so many, twice as many as before at least."""
@@ -92,7 +94,15 @@ class Group:
                 for tensor in (self.x, self._lowp, self._seeds, self._ids, self._scales):
                     if tensor is not None:
                         tensor[i] = tensor[len(self.flyers)]
-            self._batch = None
+            self._batch, self._left = None, 0
+
+    def done(self) -> list[int]:
+        """Places of those that have taken all their steps."""
+        if self._left:
+            return []
+        left = [len(flyer.lane) - flyer.row for flyer in self.flyers]
+        self._left = min(left, default=0)
+        return [i for i, steps in enumerate(left) if not steps]
 
     def step(self) -> list[tuple[Flyer, Exception]]:
         """One step of each, and those that failed at it. Where a call of the model fails, each
@@ -114,11 +124,17 @@ class Group:
                         self._take(self._of([i]))
                     except Exception as own:
                         failed[i] = own
-        self._find_nans(failed)
+        try:
+            self._find_nans(failed)
+        except Exception as error:  # no memory to look
+            failed = dict.fromkeys(range(len(self.flyers)), error)
+        if not failed:
+            for flyer in self.flyers:
+                flyer.row += 1
+            self._left -= self._left > 0
+            return []
         for i, flyer in enumerate(self.flyers):
             flyer.row += i not in failed
-        if not failed:
-            return []
         found = [(self.flyers[i], error) for i, error in failed.items()]
         self.leave(failed)
         return found
@@ -175,7 +191,7 @@ class Group:
 
     def _find_nans(self, failed: dict[int, Exception]) -> None:
         """On the host, where looking costs nothing; on a GPU when a sample lands."""
-        if self.x.device.type == "cuda" or int(self._nan_step) == NO_NAN:
+        if self._on_gpu or int(self._nan_step) == NO_NAN:
             return
         self._nan_step.fill_(NO_NAN)
         broken = self.x[: len(self.flyers)].flatten(1).isnan().any(1)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..engine import Trajectory
 from ..model import first_parameter
-from ..sample_state import arithmetic
+from ..sample_state import arithmetic, described
 from ..step_table import StepTable, joined
 from ..stepping import backend_of, checked_parameter, device_of, low_precision
 
@@ -28,17 +28,28 @@ class Lane:
         told: what the model is told at them.
         plan: of the model at these; None: the model itself is called.
         offset: where its rows begin in the joined table.
+
+    Args:
+        like: a lane whose weights it is to have; None: those that the model has now.
     """
 
-    def __init__(self, table: StepTable, sampler: Sampler, shape: Sequence[int]) -> None:
+    def __init__(
+        self,
+        table: StepTable,
+        sampler: Sampler,
+        shape: Sequence[int],
+        like: Lane | None = None,
+    ) -> None:
         self.table = table
         self.timesteps: list[int] = table.timesteps.tolist()
         told = sampler.model_timesteps
         self.told = self.timesteps if told is None else told[self.timesteps].tolist()
-        with backend_of(sampler):
-            self.plan: Trajectory | None = sampler._planner.trajectory(
-                sampler.model, self.told, shape
-            )
+        self.plan: Trajectory | None = None
+        if like is None:
+            with backend_of(sampler):
+                self.plan = sampler._planner.trajectory(sampler.model, self.told, shape)
+        elif like.plan is not None:
+            self.plan = Trajectory(like.plan._prepared, self.told)
         self.offset, self.followers = 0, 0
 
     def __len__(self) -> int:
@@ -60,7 +71,6 @@ class Lanes:
     Attributes:
         table: the joined one, on ``device``; another object whenever it changes.
         told: what the model is told at its rows, int64 or float32, on ``device``.
-        arithmetic: of the steps, by name: what a saved state is known by beside the sampler.
     """
 
     def __init__(self, sampler: Sampler, shape: Sequence[int]) -> None:
@@ -68,10 +78,11 @@ class Lanes:
         parameter = checked_parameter(sampler.model, stacklevel=5)
         self._lanes: dict[int | None, Lane] = {}
         self._lengths: dict[int | None, int] = {}
-        lane = self._lanes[None] = self._lane(None)
+        # Whose weights all have that are made before the next look at the model
+        self._current = lane = self._lanes[None] = self._lane(None)
+        self._description: dict[str, str] | None = None
         lies = parameter if lane.plan is None else lane.plan
         self.device, self.low_precision = device_of(sampler, lies), low_precision(lies)
-        self.arithmetic = arithmetic(sampler, self.device, self.low_precision, lane.plan)
         self._join()
 
     def length(self, num_steps: int | None) -> int:
@@ -88,7 +99,7 @@ class Lanes:
     def take(self, num_steps: int | None) -> Lane:
         """A lane for one more follower."""
         if num_steps not in self._lanes:
-            self._lanes[num_steps] = self._lane(num_steps)
+            self._lanes[num_steps] = self._lane(num_steps, self._current)
             self._forget()
             self._join()
         lane = self._lanes[num_steps] = self._lanes.pop(num_steps)  # the latest
@@ -109,13 +120,37 @@ class Lanes:
         if (device := device_of(self._sampler, lies)) != self.device:
             raise ValueError(f"the model is on {device} now, and its session on {self.device}")
         self.low_precision = low_precision(lies)
-        self.arithmetic = arithmetic(self._sampler, device, self.low_precision, lane.plan)
+        if lane.family is None or lane.family != self._current.family:
+            self._description = None
+        self._current = lane
         if any(lane.family != other.family for other in self._lanes.values()):
             self._lanes = {None: lane}  # of other weights: all are made anew
             self._join()
 
-    def _lane(self, num_steps: int | None) -> Lane:
-        return Lane(self._sampler.table_of(num_steps), self._sampler, self._shape)
+    def description(self) -> dict[str, str]:
+        """By what a saved state is known to be of the same sampler, with the weights that lanes
+        have. These are read once, when it is first asked for.
+
+        Raises:
+            TypeError: a model whose weights are not there.
+            ValueError: the model has others by now.
+        """
+        if self._description is None:
+            plan = self._current.plan
+            if plan is not None and not self._sampler._planner.is_as_it_was(plan):
+                raise ValueError(
+                    "the model's weights were changed while samples of its plan are under way, "
+                    "which go on with those of before: they cannot be told any more; save when "
+                    "these samples are finished"
+                )
+            self._description = {
+                **described(self._sampler),
+                **arithmetic(self._sampler, self.device, self.low_precision, plan),
+            }
+        return dict(self._description)
+
+    def _lane(self, num_steps: int | None, like: Lane | None = None) -> Lane:
+        return Lane(self._sampler.table_of(num_steps), self._sampler, self._shape, like)
 
     def _forget(self) -> None:
         """The idle ones that were used longest ago."""

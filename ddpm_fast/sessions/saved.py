@@ -1,6 +1,7 @@
 """A session's samples in a folder: those that wait, run, and are finished and not collected.
 
-JSON (kind "session") lists them in their order, with their arguments; tensors are beside it.
+JSON (kind "session") lists them in their order, with their arguments; tensors are beside it, each
+once, however many samples share it.
 """
 
 from __future__ import annotations
@@ -9,43 +10,48 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ..sample_state import check_same, described
+from ..sample_state import check_same
 from ..states import read_state, write_state
-from .flight import Flight, Flyer
+from .flight import Flyer
 
 KIND = "session"
 
 
-def save(folder: str | os.PathLike[str], flight: Flight, flyers: Sequence[Flyer]) -> None:
+def save(
+    folder: str | os.PathLike[str], description: Mapping[str, str], flyers: Sequence[Flyer]
+) -> None:
     """Writes samples whose ``x`` is their state, on the CPU, where they have one.
+
+    Args:
+        description: of what draws them.
 
     Raises:
         TypeError: keyword arguments that JSON and tensors cannot hold.
         ValueError, OSError, InUseError, ImportError: as ``states.write_state``.
     """
-    tensors: dict[str, Tensor] = {}
+    tensors = _Tensors()
     samples = []
-    for i, flyer in enumerate(flyers):
-        if flyer.x is not None:
-            tensors[f"{i}.x"] = flyer.x
+    for flyer in flyers:
         samples.append(
             {
                 "seed": flyer.seed,
                 "sample_id": flyer.sample_id,
                 "num_steps": flyer.num_steps,
                 "row": flyer.row,
+                "x": None if flyer.x is None else tensors.name(flyer.x),
                 "guidance_scale": flyer.guidance_scale,
-                "model_kwargs": _encoded(flyer.kwargs, f"{i}.model_kwargs", tensors),
-                "uncond_kwargs": _encoded(flyer.uncond_kwargs, f"{i}.uncond_kwargs", tensors),
+                "model_kwargs": _encoded(flyer.kwargs, "model_kwargs", tensors),
+                "uncond_kwargs": _encoded(flyer.uncond_kwargs, "uncond_kwargs", tensors),
             }
         )
-    write_state(folder, KIND, {"sampler": _known_by(flight), "samples": samples}, tensors)
+    write_state(folder, KIND, {"sampler": dict(description), "samples": samples}, tensors.by_name)
 
 
-def load(folder: str | os.PathLike[str], flight: Flight) -> list[Flyer]:
-    """What :func:`save` wrote, for a flight that draws the same in the same arithmetic.
+def load(folder: str | os.PathLike[str], description: Mapping[str, str]) -> list[Flyer]:
+    """What :func:`save` wrote, for what draws the same. What shared a tensor then does so again.
 
     Raises:
         FileNotFoundError: the folder holds no state.
@@ -55,10 +61,11 @@ def load(folder: str | os.PathLike[str], flight: Flight) -> list[Flyer]:
     found = read_state(folder, KIND)
     if found is None:
         raise FileNotFoundError(f"{os.fspath(folder)} holds no state of a session")
-    description, tensors = found
-    check_same(folder, description["sampler"], _known_by(flight))
+    saved, by_name = found
+    check_same(folder, saved["sampler"], description)
+    tensors = _Placed(by_name)
     flyers = []
-    for i, sample in enumerate(description["samples"]):
+    for sample in saved["samples"]:
         flyers.append(
             Flyer(
                 sample["seed"],
@@ -68,39 +75,62 @@ def load(folder: str | os.PathLike[str], flight: Flight) -> list[Flyer]:
                 _decoded(sample["uncond_kwargs"], tensors),
                 sample["guidance_scale"],
                 sample["row"],
-                tensors.get(f"{i}.x"),
+                None if sample["x"] is None else by_name[sample["x"]],
             )
         )
     return flyers
 
 
-def _known_by(flight: Flight) -> dict[str, str]:
-    shape = {"shape": str(flight.shape)}
-    return {**shape, **described(flight.sampler), **flight.lanes.arithmetic}
+class _Tensors:
+    """Names of tensors, one for each object: paths of keys may coincide, and many samples may share
+    one."""
+
+    def __init__(self) -> None:
+        self.by_name: dict[str, Tensor] = {}
+        self._names: dict[int, str] = {}
+
+    def name(self, tensor: Tensor) -> str:
+        name = self._names.get(id(tensor))
+        if name is None:
+            name = self._names[id(tensor)] = str(len(self.by_name))
+            self.by_name[name] = tensor
+        return name
 
 
-def _encoded(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """As JSON has it; tensors go into ``tensors``."""
+class _Placed:
+    """Tensors on their devices, one object for each name."""
+
+    def __init__(self, by_name: Mapping[str, Tensor]) -> None:
+        self._by_name = by_name
+        self._placed: dict[str, Tensor] = {}
+
+    def on(self, name: str, device: str) -> Tensor:
+        if name not in self._placed:
+            self._placed[name] = self._by_name[name].to(torch.device(device))
+        return self._placed[name]
+
+
+def _encoded(value: Any, where: str, tensors: _Tensors) -> Any:
+    """As JSON has it."""
     if isinstance(value, Tensor):
-        tensors[name] = value
-        return {"tensor": name, "device": str(value.device)}
+        return {"tensor": tensors.name(value), "device": str(value.device)}
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-        return {"dict": {k: _encoded(v, f"{name}.{k}", tensors) for k, v in value.items()}}
+        return {"dict": {k: _encoded(v, f"{where}[{k!r}]", tensors) for k, v in value.items()}}
     if type(value) in (list, tuple):
-        parts = [_encoded(part, f"{name}.{i}", tensors) for i, part in enumerate(value)]
+        parts = [_encoded(part, f"{where}[{i}]", tensors) for i, part in enumerate(value)]
         return {type(value).__name__: parts}
     if value is None or type(value) in (bool, int, float, str):
         return {"value": value}
     raise TypeError(
         f"a saved session holds tensors, numbers, strings and None, and lists, tuples and "
-        f"dictionaries of them; {name.partition('.')[2]} is a {type(value).__name__}"
+        f"dictionaries of them; {where} is a {type(value).__name__}"
     )
 
 
-def _decoded(encoded: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+def _decoded(encoded: Mapping[str, Any], tensors: _Placed) -> Any:
     ((kind, value), *rest) = encoded.items()
     if kind == "tensor":
-        return tensors[value].to(dict(rest)["device"])
+        return tensors.on(value, dict(rest)["device"])
     if kind == "dict":
         return {name: _decoded(part, tensors) for name, part in value.items()}
     if kind in ("list", "tuple"):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 
 from ..backends import native
+
+_T = TypeVar("_T")
 
 
 class Settings:
@@ -41,7 +43,17 @@ class Settings:
                 stack.enter_context(self._default_device)
             if self._device.type == "cuda":
                 stack.enter_context(torch.cuda.device(self._device))
+                stack.enter_context(torch.cuda.stream(torch.cuda.default_stream(self._device)))
             yield
+
+    def run(self, function: Callable[[], _T]) -> _T:
+        """What it returns under these settings, in the calling thread, which keeps its own."""
+
+        def applied() -> _T:
+            with self.applied():
+                return function()
+
+        return contextvars.copy_context().run(applied)
 
     def event(self) -> Any:
         """Behind which the caller's tensors are ready, where that is not the order of the default
