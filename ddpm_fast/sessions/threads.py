@@ -27,7 +27,7 @@ class Settings:
         self._variables = contextvars.copy_context()
         self._default_device = torch.get_default_device()
         self._autocast: dict[str, Any] | None = None
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        if _has_autocast(kind):
             self._autocast = {"device_type": kind, "dtype": torch.get_autocast_dtype(kind)}
 
     @contextlib.contextmanager
@@ -37,8 +37,12 @@ class Settings:
             variable.set(value)
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.no_grad())
-            if self._autocast is not None:
+            if self._autocast is not None and (
+                self._autocast["enabled"] or torch.is_autocast_enabled(self._device.type)
+            ):
                 stack.enter_context(torch.autocast(**self._autocast))
+            elif _has_autocast(self._device.type):
+                stack.enter_context(torch.autocast(self._device.type, enabled=False))
             if self._default_device != torch.get_default_device():
                 stack.enter_context(self._default_device)
             if self._device.type == "cuda":
@@ -64,6 +68,10 @@ class Settings:
         if stream == torch.cuda.default_stream(self._device):
             return None
         return stream.record_event()
+
+
+def _has_autocast(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def release_threads() -> None:
