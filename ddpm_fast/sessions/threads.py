@@ -37,9 +37,7 @@ class Settings:
             variable.set(value)
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.no_grad())
-            if self._autocast is not None and (
-                self._autocast["enabled"] or torch.is_autocast_enabled(self._device.type)
-            ):
+            if self._autocast is not None:
                 stack.enter_context(torch.autocast(**self._autocast))
             elif _has_autocast(self._device.type):
                 stack.enter_context(torch.autocast(self._device.type, enabled=False))

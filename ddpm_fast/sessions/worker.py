@@ -128,8 +128,8 @@ class Worker:
                 dropped, book.dropped = book.dropped, []
             flight.drop(dropped)
         landed = []
-        if book.waiting and (flyers := book.admit(flight.room)):
-            landed = flight.join(flyers)
+        if book.waiting and (room := flight.room):
+            landed = flight.join(book.admit(room))
         landed += flight.step(wait=not book.waiting)
         return landed
 
