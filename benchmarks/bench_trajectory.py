@@ -5,12 +5,13 @@ many steps a graph are best; what part of a step no kernel runs."""
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 
 import pytest
 import torch
-from bench_sampling import SCHEDULE, PeerSteps, compile_
+from bench_sampling import SCHEDULE, peers
 from eager import EagerStep
 from results import OURS
 from torch import Tensor
@@ -18,8 +19,11 @@ from torch import Tensor
 from ddpm_fast import Sampler, UNet, UNetConfig, randn
 from ddpm_fast.capture import graphs
 
-STEPS = 64  # of the thousand, from the last ones: a whole trajectory of the slowest takes minutes
-FIRST = len(SCHEDULE) - STEPS
+TAKEN = 64  # steps of the thousand that a call takes, the last ones
+# Of the captured: whole trajectories, which bear what their beginnings and ends take, where a step
+# is so short that it would count.
+WHOLE = {1: len(SCHEDULE), 256: TAKEN}
+Candidate = tuple[Callable[[], object], int]  # and how many steps a call takes
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +42,15 @@ def model(device: torch.device) -> UNet:
 class CapturedEager:
     """A step of PyTorch's own operations in a graph: what a person would capture by hand."""
 
-    def __init__(self, unet: UNet, count: int) -> None:
+    def __init__(self, unet: UNet, count: int, steps: int, channels_last: bool) -> None:
         device = unet.conv_in.weight.device
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        unet = copy.deepcopy(unet).to(memory_format=layout)
         step = EagerStep(SCHEDULE, device, unet.dtype)
-        self.x = torch.randn(count, 3, 32, 32, device=device, dtype=unet.dtype)
-        self.t = torch.full((count,), STEPS - 1, device=device)
+        x = torch.randn(count, 3, 32, 32, device=device, dtype=unet.dtype)
+        self.x = x.contiguous(memory_format=layout)
+        self.t = torch.full((count,), steps - 1, device=device)
+        self.steps = steps
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
 
@@ -60,44 +68,46 @@ class CapturedEager:
                 once()
 
     def __call__(self) -> None:
-        self.t.fill_(STEPS - 1)
-        for _ in range(STEPS):
+        self.t.fill_(self.steps - 1)
+        for _ in range(self.steps):
             self._graph.replay()
 
 
-def many(step: Callable[[], None]) -> Callable[[], None]:
+def many(step: Callable[[], None]) -> Candidate:
     def run() -> None:
-        for _ in range(STEPS):
+        for _ in range(TAKEN):
             step()
 
-    return run
+    return run, TAKEN
 
 
-def ours(unet: UNet, count: int, **options: object) -> Callable[[], Tensor]:
+def ours(unet: UNet, count: int, steps: int, **options: object) -> Callable[[], Tensor]:
     device = unet.conv_in.weight.device
     sampler = Sampler(unet, SCHEDULE, device=device, **options)
     x = randn([count, 3, 32, 32], seed=0, device=device)
-    return lambda: sampler.sample(x.shape, x_T=x, start=FIRST)
+    return lambda: sampler.sample(x.shape, x_T=x, start=len(SCHEDULE) - steps)
 
 
-def in_turn(candidates: dict[str, Callable[[], object]], seconds: float) -> list[dict[str, float]]:
+def in_turn(candidates: dict[str, Candidate], seconds: float) -> list[dict[str, float]]:
     """Seconds a step of each, round after round; two calls before set things up."""
 
-    def timed(call: Callable[[], object]) -> float:
+    def timed(call: Callable[[], object], steps: int) -> float:
         torch.cuda.synchronize()
         start = time.perf_counter()
         call()
         torch.cuda.synchronize()
-        return (time.perf_counter() - start) / STEPS
+        return (time.perf_counter() - start) / steps
 
     with torch.inference_mode():
-        for call in candidates.values():
+        for call, _ in candidates.values():
             call()
             call()
-        rounds = []
+        rounds, names = [], list(candidates)
         deadline = time.perf_counter() + seconds
         while len(rounds) < 5 or time.perf_counter() < deadline:
-            rounds.append({name: timed(call) for name, call in candidates.items()})
+            times = {name: timed(*candidates[name]) for name in names}
+            rounds.append({name: times[name] for name in candidates})
+            names.append(names.pop(0))  # none always follows the same
     return rounds
 
 
@@ -118,24 +128,20 @@ def kernel_seconds(call: Callable[[], object]) -> float:
 
 @pytest.mark.parametrize("count", [1, 256])
 def bench_trajectory(record, model, count, request):
-    captured, loop = ours(model, count), ours(model, count, graph="off")
-    captured()
-    torch.testing.assert_close(captured(), loop(), rtol=0, atol=0)
-    peer = "diffusers"
-    try:
-        theirs = model.to_diffusers()
-    except ImportError:
-        theirs, peer = model, "eager"
-    candidates: dict[str, Callable[[], object]] = {
-        OURS: captured,
-        f"{OURS} step by step": loop,
-        peer: many(PeerSteps(theirs, model, count, False)),
-        "max-autotune": many(PeerSteps(compile_(theirs), model, count, False)),
-        "eager, captured by hand": CapturedEager(model, count),
+    quick, steps = request.config.getoption("--quick"), WHOLE[count]
+    loop = ours(model, count, TAKEN, graph="off")
+    torch.testing.assert_close(ours(model, count, TAKEN)(), loop(), rtol=0, atol=0)
+    captured = ours(model, count, steps)
+    candidates: dict[str, Candidate] = {
+        OURS: (captured, steps),
+        f"{OURS} step by step": (loop, TAKEN),
+        "eager, captured by hand": (CapturedEager(model, count, steps, False), steps),
+        "the same, channels_last": (CapturedEager(model, count, steps, True), steps),
     }
-    rounds = in_turn(candidates, 5.0 if request.config.getoption("--quick") else 20.0)
+    candidates |= {name: many(step) for name, step in peers(model, count, quick).items()}
+    rounds = in_turn(candidates, 5.0 if quick else 20.0)
     whole = sorted(r[OURS] for r in rounds)[len(rounds) // 2]
-    outside = 1 - kernel_seconds(captured) / STEPS / whole
+    outside = 1 - kernel_seconds(captured) / steps / whole
     record(
         f"a captured step, batch {count}",
         3072 * count,
@@ -145,11 +151,11 @@ def bench_trajectory(record, model, count, request):
 
 
 @pytest.mark.parametrize("count", [1, 256])
-def bench_steps_a_graph(record, model, count, monkeypatch):
+def bench_steps_a_graph(record, model, count, monkeypatch, request):
     """One, four and sixteen steps a graph."""
 
     def with_steps(steps: int) -> Callable[[], Tensor]:
-        sampled = ours(model, count)
+        sampled = ours(model, count, WHOLE[count])
 
         def call() -> Tensor:
             monkeypatch.setattr(graphs, "STEPS", steps)
@@ -157,8 +163,10 @@ def bench_steps_a_graph(record, model, count, monkeypatch):
 
         return call
 
-    candidates = {OURS if n == 1 else f"{n} a graph": with_steps(n) for n in (1, 4, 16)}
-    expected = candidates[OURS]()
-    for name, call in candidates.items():
+    calls = {OURS if n == 1 else f"{n} a graph": with_steps(n) for n in (1, 4, 16)}
+    expected = calls[OURS]()
+    for name, call in calls.items():
         torch.testing.assert_close(call(), expected, rtol=0, atol=0, msg=name)
-    record(f"steps a graph, batch {count}", 3072 * count, in_turn(candidates, 10.0))
+    candidates = {name: (call, WHOLE[count]) for name, call in calls.items()}
+    seconds = 3.0 if request.config.getoption("--quick") else 10.0
+    record(f"steps a graph, batch {count}", 3072 * count, in_turn(candidates, seconds))

@@ -265,6 +265,23 @@ def test_a_disk_that_is_really_full(run, start, tmp_path, whole):
     assert files(disk) == {}
 
 
+def test_a_file_that_is_damaged_in_its_middle(run, tmp_path, capsys, whole):
+    sample(run, tmp_path, "--num", 8)
+    path = tmp_path / "000005.png"
+    data = bytearray(path.read_bytes())
+    data[-30:-20] = bytes(10)
+    path.write_bytes(data)
+    (tmp_path / "grid.png").unlink()
+    capsys.readouterr()
+    assert sample(run, tmp_path, "--num", 8) == 1
+    said = capsys.readouterr().err
+    assert "000005.png is damaged" in said
+    assert said.count("\n") == 1
+    path.unlink()
+    assert sample(run, tmp_path, "--num", 8) == 0
+    assert files(tmp_path) == whole(8)
+
+
 def test_a_folder_that_disappears(run, tmp_path, capsys, monkeypatch):
     images, out = Artist.images, tmp_path / "out"
 

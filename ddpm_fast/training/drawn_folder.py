@@ -153,10 +153,20 @@ class DrawnFolder:
         ids = range(min(self.share.num, GRID_IMAGES))
         if not all([self._is_drawn(i) for i in ids]):
             return
-        data = grid(torch.stack([read_png(self.path / name_of(i)) for i in ids]))
+        data = grid(torch.stack([self._pixels(i) for i in ids]))
         path = self.path / GRID
         if not path.exists() or path.read_bytes() != data:
             write_bytes(path, data)
+
+    def _pixels(self, sample_id: int) -> Tensor:
+        path = self.path / name_of(sample_id)
+        try:
+            return read_png(path)
+        except (OSError, SyntaxError, ValueError) as error:  # PIL's
+            raise RuntimeError(
+                f"{shown(path)} is damaged ({error}): remove it, and the same command draws it "
+                "again"
+            ) from None
 
     def _look_at_names(self) -> int:
         """Marks what is there; how many files of the share that is."""
