@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -61,6 +62,14 @@ class Gated:
         """Lets all through that come."""
         self._opened = True
         self._permits.release(1000)
+
+
+def wait_for(condition: Callable[[], Any]) -> None:
+    """Until it holds."""
+    end = time.monotonic() + SECONDS
+    while not condition():
+        time.sleep(1e-3)
+        assert time.monotonic() < end
 
 
 def gated(num_steps: int = 4, max_batch: int = 4, **arguments: Any):
