@@ -218,8 +218,8 @@ class Sampler:
             checkpoint: the folder of this call's state, docs/resuming.md. A call that was
                 interrupted is made again, in another process, and goes on from there, to the bits
                 of one that was not; once it is done, its result is read from there. What cannot be
-                compared must be the same: ``denoised_fn``, a ``callback`` that changes x, a model
-                that is no module. A callback sees the steps that are taken in its process.
+                compared must be the same: what functions compute, a ``callback`` that changes x. A
+                callback sees the steps that are taken in its process.
             checkpoint_every: steps from one save to the next. An exception, Ctrl-C's too, saves
                 the state after the last step.
 
