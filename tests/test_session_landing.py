@@ -4,12 +4,12 @@ to have happened."""
 from __future__ import annotations
 
 import threading
-import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
 import torch
-from session_cases import SECONDS, SHAPE, Gated, alone, exact, maker, over
+from session_cases import SECONDS, SHAPE, Gated, alone, exact, maker, over, wait_for
 
 from ddpm_fast import Sampler
 from ddpm_fast.sessions import SessionClosed, SessionFull
@@ -75,10 +75,7 @@ def gated_session(**arguments):
 
 
 def waits_for_landing(device):
-    end = time.monotonic() + SECONDS
-    while "land" not in device.waited:
-        time.sleep(1e-3)
-        assert time.monotonic() < end
+    wait_for(lambda: "land" in device.waited)
     device.waited.clear()
 
 
@@ -100,7 +97,7 @@ def test_steps_are_taken_meanwhile(device):
         assert not handles[2].done()
         gate.open()
         assert is_right(handles[2])
-    assert device.waited == ["pace"] * (len(gate.sizes) - flights._AHEAD) + ["land"]
+    assert device.waited == ["pace"] * (len(gate.sizes) - flights._AHEAD)
 
 
 def test_others_do_not_wait_for_what_lands(device):
@@ -193,3 +190,59 @@ def test_settled_for_a_save(device):
     (landed,) = flight.step()
     assert landed.flyer is flyers[1]
     assert not flight.busy
+
+
+def test_saves_wait_for_what_lands(device, tmp_path):
+    """It is delivered by the session's own thread, as ever; several may save."""
+    gate, session = gated_session(max_batch=2)
+    threads, said = [], []
+
+    def then(handle):
+        threads.append(threading.current_thread())
+        with pytest.raises(RuntimeError, match="cannot wait for another sample") as refused:
+            other.result()
+        said.append(refused)
+
+    with session, ThreadPoolExecutor(2) as pool:
+        handle = session.submit(sample_id=0, num_steps=1)
+        gate.reached()
+        handle.add_done_callback(then)
+        other = session.submit(sample_id=1, num_steps=9)
+        gate.let(3)
+        saving = [pool.submit(session.save, tmp_path / str(i)) for i in range(2)]
+        wait_for(lambda: len(session._book.pauses) == 2)
+        threading.Timer(0.02, device.happens.set).start()
+        gate.let()
+        for each in saving:
+            each.result(SECONDS)
+        assert threads == [session._book.thread]
+        assert len(said) == 1
+        gate.open()
+    for i in range(2):
+        gate, session = gated_session(max_batch=2)
+        gate.open()
+        with session:
+            handles = session.restore(tmp_path / str(i))
+        assert [each.sample_id for each in handles] == [0, 1]
+        assert len(gate.sizes) == 6  # three had been taken
+        assert all(map(is_right, handles))
+
+
+def test_saved_while_it_lands(device):
+    """By a callback, which waits for nothing but the state."""
+
+    def model(x, t, bad):
+        return torch.where(over(bad > 0, x).bool(), torch.nan, exact(x, t))
+
+    flight = session_of(maker(model)(), max_batch=2)._flight
+    flyers = [Flyer(0, i, 1, {"bad": torch.tensor([i])}) for i in range(2)]
+    flight.join(flyers)
+    (group,) = flight._groups.values()
+    group._find_nans = lambda failed: None  # as on a GPU
+    flight.step(wait=False)
+    assert flight.landing
+    row, x = flight.state_of(flyers[0])
+    kwargs = {"bad": torch.tensor([0])}
+    assert row == 1
+    assert torch.equal(x, alone(maker(model), SHAPE, num_steps=1, model_kwargs=kwargs))
+    assert flight.state_of(flyers[1]) == (0, None)

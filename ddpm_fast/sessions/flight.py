@@ -109,6 +109,11 @@ class Flight:
         return bool(self._landing)
 
     @property
+    def only_lands(self) -> bool:
+        """Whether nothing is left to do but to wait for that."""
+        return bool(self._landing) and not self._groups
+
+    @property
     def busy(self) -> bool:
         return bool(self._groups or self._landing)
 

@@ -130,7 +130,9 @@ class Worker:
         landed = []
         if book.waiting and (room := flight.room):
             landed = flight.join(book.admit(room))
-        landed += flight.step(wait=not book.waiting)
+        landed += flight.step(wait=False)
+        if not landed and flight.only_lands and not book.waiting:
+            return flight.settle()
         return landed
 
 
