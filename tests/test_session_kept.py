@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import gc
 import threading
 import warnings
@@ -27,7 +28,7 @@ def is_right(handle):
 def ask_and_leave(session, **arguments):
     """A request that times out; its handle is dropped."""
     handle = session.submit(**arguments)
-    with pytest.raises(TimeoutError):
+    with pytest.raises(concurrent.futures.TimeoutError):
         handle.result(timeout=0)
     return weakref.ref(handle)
 
@@ -37,7 +38,7 @@ def test_who_asked_and_left_is_forgotten():
     with session:
         gone = [ask_and_leave(session, sample_id=i) for i in range(5)]
         kept = session.submit(sample_id=5)
-        with pytest.raises(TimeoutError):
+        with pytest.raises(concurrent.futures.TimeoutError):
             kept.result(timeout=0)
         never = session.submit(sample_id=6)  # has not been asked for
         gate.open()
@@ -206,7 +207,7 @@ def test_callbacks_leave_the_session_its_threads(released, tmp_path, monkeypatch
 
     def then(_):
         session.save(tmp_path)
-        with pytest.raises(TimeoutError):
+        with pytest.raises(concurrent.futures.TimeoutError):
             other.result(timeout=0)
         session.submit(sample_id=2)
         seen.append(session._book.thread in released)

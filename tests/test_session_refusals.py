@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from session_cases import SCHEDULE, SECONDS, SHAPE, alone, exact, maker
 from test_unet_variants import SMALL
 from unet_weights import randomised
 
-from ddpm_fast import NoiseSchedule, Sampler, UNet
+from ddpm_fast import NoiseSchedule, Sampler, UNet, prepare
+from ddpm_fast.engine import mixed_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MAKE = maker(exact)
@@ -137,12 +140,32 @@ def test_models():
     sampler = Sampler(model, SCHEDULE, num_steps=2)
     with pytest.warns(UserWarning, match="sampling without a plan") as seen:
         session = sampler.session([1, 8, 8], max_batch=2)
-    assert len(seen) == 1
+    assert [each.filename for each in seen] == [__file__]
     with session, warnings.catch_warnings():
         warnings.simplefilter("error")
         assert session.submit().result(SECONDS).shape == (1, 8, 8)
     with pytest.raises(ValueError, match="forward hook"):
         Sampler(model, SCHEDULE, plan="all").session([1, 8, 8], max_batch=2)
+
+
+@pytest.mark.parametrize("scale", [2, np.float32(2.0), np.int64(2), Fraction(2)], ids=repr)
+def test_guidance_scales_of_all_kinds(scale):
+    kwargs = {
+        "model_kwargs": {"a": torch.tensor([0.5])},
+        "uncond_kwargs": {"a": torch.tensor([0.25])},
+    }
+    expected = alone(MAKE, SHAPE, guidance_scale=2.0, **kwargs)
+    with MAKE().session(SHAPE, max_batch=1) as session:
+        handle = session.submit(guidance_scale=scale, **kwargs)
+        assert torch.equal(handle.result(SECONDS), expected)
+
+
+def test_a_trajectory_without_timesteps():
+    torch.manual_seed(0)
+    empty = prepare(randomised(UNet(SMALL))).trajectory([])
+    for step in (lambda x: mixed_step([(empty, 0)], x), lambda x: empty.step(0, x)):
+        with pytest.raises(IndexError, match="in a trajectory, and this one has no timesteps"):
+            step(torch.zeros(1, 1, 8, 8))
 
 
 def test_unknown_arguments_of_the_model():

@@ -309,6 +309,25 @@ busy().submit().add_done_callback(again)
     assert running.returncode == 0
 
 
+def test_the_interpreter_ends_while_a_session_is_being_saved():
+    """However long that takes."""
+    running = process(
+        """
+session = busy()
+held, entered = threading.Event(), threading.Event()
+def save():
+    with session._worker.paused():
+        entered.set()
+        held.wait()
+threading.Thread(target=save, daemon=True).start()
+assert entered.wait(30)
+print("leaves", flush=True)
+"""
+    )
+    said, errors = running.communicate(timeout=SECONDS / 2)
+    assert (said, errors, running.returncode) == ("leaves\n", "", 0)
+
+
 INTERRUPTED = """
 signal.signal(signal.SIGINT, signal.default_int_handler)
 def soon():
