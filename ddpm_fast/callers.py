@@ -27,6 +27,18 @@ def warn_caller(message: str) -> None:
     warnings.warn(message, stacklevel=level)
 
 
+def place_within(filename: str) -> str:
+    """The innermost line that led here from a file of the package, of those that are not its; ""
+    if there is none."""
+    frame = sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename != filename:
+        if not frame.f_code.co_filename.startswith(_PASSED):
+            (found,) = traceback.StackSummary.extract([(frame, frame.f_lineno)])
+            return f"{found.filename}, line {found.lineno}: {found.line}"
+        frame = frame.f_back
+    return ""
+
+
 def place_of(error: BaseException) -> str:
     """The innermost line that an error passed; "" if all were the package's and PyTorch's."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):

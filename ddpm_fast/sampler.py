@@ -239,7 +239,7 @@ class Sampler:
         if checkpoint is not None:
             keeping = Keeper(checkpoint, checkpoint_every, run, given=x_T is not None)
         with keeping as keeper, bar(progress, count, "sampling", "step", run.row - first) as shown:
-            x = run.x
+            x, done = run.x, run.row
             steps = run.steps(every_state=callback is not None, paced=progress)
             for step in steps if run.rows else ():
                 x = step.x
@@ -247,7 +247,8 @@ class Sampler:
                     callback(step)
                 if keeper is not None:
                     keeper.after(step.step + 1, x)
-                shown.update()
+                shown.update(step.step + 1 - done)
+                done = step.step + 1
         return x
 
     def stream(

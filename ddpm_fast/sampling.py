@@ -114,14 +114,15 @@ class Run:
                 others have x alone, until the next is asked for.
             paced: none is yielded long before the device has taken it.
         """
-        pace = Pace(self.x.device) if paced else None
+        pace, done = Pace(self.x.device) if paced else None, self.row
         self.model = self.sampler.model if self.plan is None else self.plan.of_row
         self.nan_step = torch.full((1,), NO_NAN, dtype=torch.int32, device=self.x.device)
         with self.sampler._graphs.of(self, every_state) as captured:
             played = () if captured is None else captured.play(self)
             for step in itertools.chain(played, self._one_by_one(every_state)):
                 if pace is not None:
-                    pace.step()
+                    pace.step(step.step + 1 - done)
+                done = step.step + 1
                 yield step
         raise_if_nan(self.nan_step, self.timesteps)
 

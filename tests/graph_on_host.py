@@ -41,6 +41,9 @@ class HostRecorder:
     def __init__(self, device: torch.device) -> None:
         assert device.type == "cpu"
 
+    def lacks(self) -> str:
+        return ""
+
     def aside(self, work) -> None:
         work()
 

@@ -19,9 +19,18 @@ from ..callers import warn_caller
 from ..model import Model, call_model
 from ..sampling import Run, SampleStep
 from ..stepping import NO_NAN
-from .key import Key, UnsuitedError, holders_of, key_of, tensors_of, with_tensors
+from .key import (
+    Key,
+    UnsuitedError,
+    distinct,
+    holders_of,
+    key_of,
+    shift_of,
+    tensors_of,
+    with_tensors,
+)
 from .recorder import Recorder
-from .rehearsal import Rehearsal, UncapturableError
+from .rehearsal import WATCHES_AT_FIRST, Rehearsal, UncapturableError
 
 # Steps that are taken before one is captured: cuBLAS's and cuDNN's memory, compiled kernels and
 # choices by timing have to be there.
@@ -70,20 +79,29 @@ class CapturedStep:
                 self.scale = numbers([count] * ndim, torch.float32)
             told = run.model_timesteps
             self._told = torch.tensor(told, dtype=run.t_dtype).to(x.device)
-            self._inputs = [tensor.detach().clone() for tensor in _given(run)]
+            self._inputs = [_room_for(tensor) for tensor in _given(run)]
+            self._written = [distinct(buffer) for buffer in self._inputs]
         buffers = iter(self._inputs)
         self.kwargs = with_tensors(run.model_kwargs, buffers)
         self.uncond_kwargs = with_tensors(run.uncond_kwargs, buffers)
 
     def warm_up(self, run: Run) -> None:
-        """Takes some steps on the buffers."""
+        """Takes some steps on the buffers.
+
+        Raises:
+            UncapturableError: the step changes what it did not make, which is as it was again.
+        """
 
         def warm() -> None:
             self._load(run, run.x, run.rows.start)
             self._step(run, run.model)
 
+        # A plan is known to change nothing
+        if self.key.opaque and WATCHES_AT_FIRST:
+            self._watched(run, Rehearsal(run.x.device, self._own(), self._inputs, strict=False))
         for _ in range(WARM_UPS - 1):
             self._recorder.aside(warm)
+        self._look_at_arguments(run)
 
     def record(self, run: Run) -> None:
         """Records it, after a last one that is watched.
@@ -91,33 +109,46 @@ class CapturedStep:
         Raises:
             UncapturableError: an operation that no graph can hold.
         """
-        self._rehearse(run)
-        self._record(run)
-
-    def _rehearse(self, run: Run) -> None:
-        first = run.rows.start
-        rehearsal = Rehearsal(run.x.device)
-
-        def rehearse() -> None:
-            self._load(run, run.x, first)
-            with rehearsal:
-                self._step(run, run.model)
-            self.x0 = self.x  # which was there before
-
         # The last: what is compiled or made to stay is there, and seen as such
-        try:
-            self._recorder.aside(rehearse)
-        except Exception as error:
-            if not rehearsal.hindrance or isinstance(error, UncapturableError):
-                raise
-        if rehearsal.hindrance:  # and the model went another way then
-            raise UncapturableError(rehearsal.hindrance)
+        rehearsal = Rehearsal(run.x.device, self._own(), self._inputs)
+        self._watched(run, rehearsal)
+        self._look_at_arguments(run)
         if rehearsal.keeps():
             raise UncapturableError(
                 "a tensor that is made in it is kept (by a hook, say, that collects one a step)"
             )
         # Whoever holds it now may drop it, as a model does its tables for another size
-        self._keeps.append(rehearsal.read)
+        self._keeps.append(rehearsal.read())
+        self._record(run)
+
+    def _own(self) -> list[Tensor]:
+        """What the steps themselves write to."""
+        own = [self.x, self.lowp, self.row, self.nan_step, self.seeds, self.ids, self.scale]
+        return [tensor for tensor in own if tensor is not None]
+
+    def _watched(self, run: Run, rehearsal: Rehearsal) -> None:
+        def rehearse() -> None:
+            self._load(run, run.x, run.rows.start)
+            with rehearsal:
+                self._step(run, run.model)
+
+        try:
+            self._recorder.aside(rehearse)
+        except Exception as error:
+            self.x0 = self.x
+            rehearsal.undo()
+            if not rehearsal.hindrance or isinstance(error, UncapturableError):
+                raise
+        self.x0 = self.x  # which was there before
+        rehearsal.undo()
+        if rehearsal.hindrance:  # and the model went another way then
+            raise UncapturableError(rehearsal.hindrance)
+
+    def _look_at_arguments(self, run: Run) -> None:
+        """After a step, for what no rehearsal sees: kernels that a model launches itself."""
+        for buffer, tensor in zip(self._written, _given(run), strict=True):
+            if not _same_bits(buffer, distinct(tensor)):
+                raise UncapturableError("the model writes to a tensor among its arguments")
 
     def _record(self, run: Run) -> None:
         self._load(run, run.x, run.rows.start)
@@ -285,8 +316,8 @@ class CapturedStep:
             self.scale.copy_(scale)
         elif self.scale is not None and scale is not None:
             self.scale.fill_(scale)
-        for buffer, tensor in zip(self._inputs, _given(run), strict=True):
-            buffer.copy_(tensor)
+        for buffer, tensor in zip(self._written, _given(run), strict=True):
+            buffer.copy_(distinct(tensor))
 
     def release(self) -> None:
         """Gives the buffers to the next trajectory, perhaps on another stream; perhaps from another
@@ -300,6 +331,14 @@ class CapturedStep:
 def _given(run: Run) -> list[Tensor]:
     """The tensors of the model's arguments."""
     return [*tensors_of(run.model_kwargs), *tensors_of(run.uncond_kwargs)]
+
+
+def _room_for(tensor: Tensor) -> Tensor:
+    """For a tensor of the same strides and alignment."""
+    shape, stride, shift = tensor.shape, tensor.stride(), shift_of(tensor)
+    reach = sum(step * max(size - 1, 0) for size, step in zip(shape, stride, strict=True))
+    room = torch.empty(shift + reach + 1, dtype=tensor.dtype, device=tensor.device)
+    return room.as_strided(shape, stride, shift)
 
 
 def _noting(run: Run, outputs: list[Tensor]) -> Model:
@@ -316,5 +355,7 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
+    if a.is_complex():
+        a, b = torch.view_as_real(a), torch.view_as_real(b)
     kind = integers[a.itemsize]
     return torch.equal(a.view(kind), b.view(kind))  # NaN are equal where their bits are

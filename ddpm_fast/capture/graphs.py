@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
 
 from ..callers import place_of, warn_caller
 from ..nn.memory import within_memory
 from ..ops.checks import is_eager
 from .captured import CapturedStep
-from .key import Key, Same, UnsuitedError, holders_of, key_of
+from .key import Key, Known, UnsuitedError, holders_of, key_of
 from .recorder import RECORDERS
 from .rehearsal import UncapturableError
 
@@ -31,10 +33,13 @@ WORTH = 16
 SHORT = 3
 # Of a recording. More save the host a launch for each; not measured on a GPU yet.
 STEPS = 1
+# Models and functions that cannot be captured.
+REMEMBERED = 16
 # One capture at a time: PyTorch's allocator and recorder.py's stream take no more.
 _capturing = threading.Lock()
 
-Part = tuple[Same, Same]  # the functions that a step calls: the model, denoised_fn
+Again = Literal["never", "once", "with less"]
+Part = tuple[object, object]  # the functions that a step calls: the model, denoised_fn
 
 
 class Graphs:
@@ -44,8 +49,9 @@ class Graphs:
         self._lock = threading.Lock()
         self._kept: OrderedDict[Key, CapturedStep | None] = OrderedDict()  # None: no memory for it
         self._steps: OrderedDict[int, int] = OrderedDict()  # that were asked for, by a key's hash
-        self._refused: list[Part] = []  # what cannot be captured
-        self._told: list[Part] = []  # of which that was said
+        # What cannot be captured, and models of which that was said
+        self._refused: deque[tuple[Known, Known]] = deque(maxlen=REMEMBERED)
+        self._told: deque[Known] = deque(maxlen=REMEMBERED)
 
     @contextlib.contextmanager
     def of(self, run: Run, every_state: bool) -> Iterator[CapturedStep | None]:
@@ -65,6 +71,10 @@ class Graphs:
         if not run.rows or not run.x.numel() or not is_eager(run.x):
             return None
         part = _part(run)
+        missing = RECORDERS[kind](run.x.device).lacks()
+        if missing:
+            self._tell(part, f"PyTorch {torch.__version__} has no {missing}")
+            return None
         try:
             key = key_of(run, every_state, STEPS, holders_of(run))
         except UnsuitedError as error:
@@ -72,9 +82,8 @@ class Graphs:
                 self._tell(part, f"its arguments cannot be captured: {error}")
             return None
         with self._lock:
-            if part in self._refused:
+            if any(a.is_of(part[0]) and b.is_of(part[1]) for a, b in self._refused):
                 return None
-            self._forget_other_models(part)
             # Of a model or weights that went there is nothing to come back to
             for other in list(self._kept):
                 if (other.model, other.weights) != (key.model, key.weights):
@@ -97,10 +106,6 @@ class Graphs:
                 if not self._is_worth(key, len(run.rows)):
                     return None
         return self._captured(run, key, every_state, part)
-
-    def _forget_other_models(self, part: Part) -> None:
-        self._refused = [other for other in self._refused if other[0] == part[0]]
-        self._told = [other for other in self._told if other[0] == part[0]]
 
     def _is_worth(self, key: Key, steps: int) -> bool:
         asked = self._steps.pop(hash(key), 0) + steps
@@ -131,18 +136,19 @@ class Graphs:
             with self._lock:
                 while len(self._kept) >= KEPT:  # first: more would need more memory
                     self._kept.popitem(last=False)
-            found, why, for_good = _attempt(run, key, every_state)
-            if found is None and not for_good and self._kept:
+            found, why, again = _attempt(run, key, every_state)
+            if again == "once" or (again == "with less" and self._kept):
                 with self._lock:
-                    self._kept.clear()
-                found, why, for_good = _attempt(run, key, every_state)
+                    if again == "with less":
+                        self._kept.clear()
+                found, why, again = _attempt(run, key, every_state)
         finally:
             _capturing.release()
         if found is not None:
             found.lock.acquire()
         with self._lock:
-            if for_good:
-                self._refused = [part]
+            if found is None and again != "with less":
+                self._refused.append((Known(part[0]), Known(part[1])))
             else:
                 self._kept[key] = found
         if why:
@@ -152,9 +158,9 @@ class Graphs:
     def _tell(self, part: Part, why: str) -> None:
         """Once for each model, to who samples."""
         with self._lock:
-            if part in self._told:
+            if any(known.is_of(part[0]) for known in self._told):
                 return
-            self._told = [part]
+            self._told.append(Known(part[0]))
         warn_caller(f'sampling step by step, without a graph: {why}; graph="off" silences this')
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -164,11 +170,11 @@ class Graphs:
 def _part(run: Run) -> Part:
     """Of which it is told that it cannot be captured."""
     model = run.sampler.model if run.plan is None else run.plan.family
-    return Same(model), Same(run.sampler.denoised_fn)
+    return model, run.sampler.denoised_fn
 
 
-def _attempt(run: Run, key: Key, every_state: bool) -> tuple[CapturedStep | None, str, bool]:
-    """A captured step, or why there is none and whether none can be. Nothing of it is kept then."""
+def _attempt(run: Run, key: Key, every_state: bool) -> tuple[CapturedStep | None, str, Again]:
+    """A captured step, or why there is none and what might help. Nothing of it is kept then."""
     made: list[CapturedStep] = []
 
     def make() -> None:
@@ -179,17 +185,19 @@ def _attempt(run: Run, key: Key, every_state: bool) -> tuple[CapturedStep | None
         step.record(run)
         step.compare(run)
 
+    again: Again = "never"
     try:
         within_memory("a captured step", make)
-        return made[0], "", False
+        return made[0], "", again
     except MemoryError as error:
-        return None, str(error), False
+        return None, str(error), "with less"
+    except UncapturableError as error:
+        said, place = str(error), place_of(error)
     except Exception as error:
         if not made:
             raise  # of the model's, which comes without a capture, too
-        said = str(error).split("\n")[0]
-        if not isinstance(error, UncapturableError):
-            said = f"{type(error).__name__}: {said}"
-        place = place_of(error)
-        said = f"{said} ({place})" if place else said
-    return None, f"the model's step cannot be captured: {said}", True
+        # What somebody else did meanwhile may have broken it
+        said, place, again = str(error).split("\n")[0], place_of(error), "once"
+        said = f"{type(error).__name__}: {said}"
+    said = f"{said} ({place})" if place else said
+    return None, f"the model's step cannot be captured: {said}", again

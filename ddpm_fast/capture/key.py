@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,6 +30,7 @@ _PLAIN = (
     torch.layout,
 )
 
+ALIGNED = 16  # bytes: the widest that one instruction loads
 
 Holders = list[Mapping[str, Tensor | None]]
 
@@ -48,6 +50,20 @@ class Same:
 
     def __hash__(self) -> int:
         return id(self.value)
+
+
+class Known:
+    """An object that equals itself alone, where that may go: a model is large."""
+
+    def __init__(self, value: object) -> None:
+        self._value: Callable[[], object]
+        try:
+            self._value = weakref.ref(value)
+        except TypeError:
+            self._value = lambda: value
+
+    def is_of(self, value: object) -> bool:
+        return self._value() is value
 
 
 class Key(NamedTuple):
@@ -99,7 +115,12 @@ def frozen(value: object, device: torch.device, name: str) -> Hashable:
     if isinstance(value, Tensor):
         if type(value) not in (Tensor, nn.Parameter) or value.layout != torch.strided:
             raise UnsuitedError(f"{name} is a tensor of a kind of its own, {type(value).__name__}")
-        form = (value.shape, value.stride(), value.dtype, value.device)
+        if value.is_quantized or value.is_conj() or value.is_neg():
+            raise UnsuitedError(f"{name} is a tensor of a kind of its own")
+        if _overlaps(value):
+            raise UnsuitedError(f"{name} has elements that lie over each other")
+        # Kernels are chosen by all of it
+        form = (value.shape, value.stride(), value.dtype, value.device, shift_of(value))
         if value.device == device:
             return form
         if value.device.type == "cpu" and value.ndim == 0:
@@ -118,6 +139,32 @@ def frozen(value: object, device: torch.device, name: str) -> Hashable:
     if isinstance(value, (list, tuple)) and kind in (list, tuple):
         return kind, tuple(frozen(part, device, f"{name}[{i}]") for i, part in enumerate(value))
     raise UnsuitedError(f"{name} is of {kind.__qualname__}, which may change unseen")
+
+
+def shift_of(tensor: Tensor) -> int:
+    """How many elements after a multiple of ALIGNED bytes it begins."""
+    return tensor.data_ptr() % ALIGNED // tensor.element_size()
+
+
+def distinct(tensor: Tensor) -> Tensor:
+    """Each element once, where expanded ones are one."""
+    if 0 not in tensor.stride():
+        return tensor
+    shape, stride = tensor.shape, tensor.stride()
+    return tensor.as_strided(
+        [size if step else min(size, 1) for size, step in zip(shape, stride, strict=True)], stride
+    )
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether two places may be one element, but for dimensions that are expanded."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if stride and size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False
 
 
 def tensors_of(value: object) -> Iterator[Tensor]:

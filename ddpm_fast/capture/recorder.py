@@ -6,15 +6,21 @@ The rest of the capture knows no more of CUDA than :class:`Recorder` says.
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Protocol
 
 import torch
+from torch.torch_version import TorchVersion
 
 Work = Callable[[], None]
 Queue = Any  # a stream
 PACE = 16  # steps between two looks at how far the device is
+# What ends an allocation of a capture that broke: its name before PyTorch 2.8 is the second
+_ENDS = ("_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool")
+# Before, a capture marks the state of the device's random numbers, for whoever draws from it
+_STATE_A_CAPTURE = TorchVersion(torch.__version__) >= "2.13"
 
 
 class Recording(Protocol):
@@ -30,6 +36,9 @@ class Mark(Protocol):
 
 
 class Recorder(Protocol):
+    def lacks(self) -> str:
+        """What PyTorch would need so that a recording that fails does no harm; "" if it has all."""
+
     def aside(self, work: Work) -> None:
         """Does work where it can be recorded afterwards, in order with what is queued."""
 
@@ -62,19 +71,37 @@ class CudaRecorder:
             finally:
                 current.wait_stream(side)
 
+    def lacks(self) -> str:
+        private = torch._C, ("_cuda_clearCublasWorkspaces", "_cuda_releasePool")
+        generator = torch.Generator, ("graphsafe_get_state", "graphsafe_set_state")
+        for owner, names in (private, generator):
+            for name in names:
+                if not hasattr(owner, name):
+                    return f"{owner.__name__}.{name}"
+        return "" if _end_of_allocation() is not None else f"torch._C.{_ENDS[0]}"
+
     def record(self, work: Work) -> Recording:
+        # What cuBLAS works in belongs to a stream, and whoever likes may drop it. Taken during the
+        # capture it is the graph's memory, and stays: not what this stream has from its time in
+        # others' hands, of which PyTorch has 32, nor for those who get the stream after this.
+        torch._C._cuda_clearCublasWorkspaces()
+        try:
+            torch.cuda.current_stream(self._device).synchronize()
+            with torch.cuda.device(self._device), torch.cuda.stream(self._stream(self._recorded)):
+                torch.cuda.empty_cache()  # which cannot be done in a capture that lacks memory
+                return self._captured(work)
+        finally:
+            torch._C._cuda_clearCublasWorkspaces()
+
+    def _captured(self, work: Work) -> Recording:
         # Not torch.cuda.graph: where a capture fails, that leaves its stream the current one
         graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
-        # What cuBLAS works in belongs to a stream, and whoever likes may drop it. On a stream where
-        # nothing else is done it is taken during the capture, and is the graph's memory and stays.
-        if self._device in self._recorded:
-            torch._C._cuda_clearCublasWorkspaces()  # that of the graph before
-        torch.cuda.current_stream(self._device).synchronize()
-        with torch.cuda.device(self._device), torch.cuda.stream(self._stream(self._recorded)):
-            torch.cuda.empty_cache()  # which cannot be done in a capture that lacks memory
-            # Other threads may allocate and wait meanwhile
-            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        with _without_collections():
             try:
+                # Whoever replays it may not be in the mode that its tensors would be limited to
+                with self._random_state_aside(), torch.inference_mode(False):
+                    # Other threads may allocate and wait meanwhile
+                    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 work()
             except BaseException:
                 with contextlib.suppress(RuntimeError):  # what broke it is told, not that it broke
@@ -82,6 +109,22 @@ class CudaRecorder:
                 raise
             self._end(graph, pool)
         return graph
+
+    @contextlib.contextmanager
+    def _random_state_aside(self) -> Iterator[None]:
+        """While a capture begins, which marks the state that it finds until it ends, for ever where
+        it breaks: whoever draws numbers by a marked one, in any thread, gets an error."""
+        if _STATE_A_CAPTURE:
+            yield
+            return
+        generator = torch.cuda.default_generators[self._device.index]
+        before, marked = generator.graphsafe_get_state(), torch.Generator(self._device)
+        marked.seed()  # not the numbers of others, for a thread that draws right now
+        generator.graphsafe_set_state(marked)
+        try:
+            yield
+        finally:
+            generator.graphsafe_set_state(before)
 
     def queue(self) -> Queue:
         return torch.cuda.current_stream(self._device)
@@ -100,13 +143,38 @@ class CudaRecorder:
         try:
             graph.capture_end()
         except RuntimeError:
-            # PyTorch leaves its allocator as it is in a capture, and with the graph's address
+            # PyTorch leaves its allocator as it is in a capture, and with the graph's address; the
+            # pool of one that was ended, and could not be made a graph, it releases itself
             graph.reset()
             _FAILED.append(graph)
-            for undo in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
-                with contextlib.suppress(RuntimeError, AttributeError):
-                    getattr(torch._C, undo)(self._device.index, pool)
+            end, index = _end_of_allocation(), self._device.index
+            with contextlib.suppress(RuntimeError):
+                if end is not None:
+                    end(index, pool)
+                    torch._C._cuda_releasePool(index, pool)
             raise
+
+
+def _end_of_allocation() -> Callable[[int | None, tuple[int, int]], None] | None:
+    found: Callable[[int | None, tuple[int, int]], None] | None
+    for name in _ENDS:
+        found = getattr(torch._C, name, None)
+        if found is not None:
+            return found
+    return None
+
+
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """What the collector finds in a capture may be a graph or a stream that is left, whose end
+    would break it."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 _FAILED: list[torch.cuda.CUDAGraph] = []
@@ -124,10 +192,12 @@ class Pace:
         self._marks: deque[Mark] = deque()
         self._steps = 0
 
-    def step(self) -> None:
-        self._steps += 1
-        if self._recorder is None or self._steps % PACE:
+    def step(self, count: int) -> None:
+        """``count`` more are queued."""
+        self._steps += count
+        if self._recorder is None or self._steps < PACE:
             return
+        self._steps %= PACE
         self._marks.append(self._recorder.mark(self._recorder.queue()))
         if len(self._marks) > 1:
             self._marks.popleft().synchronize()
