@@ -129,18 +129,18 @@ class CapturedStep:
     def _watched(self, run: Run, rehearsal: Rehearsal) -> None:
         def rehearse() -> None:
             self._load(run, run.x, run.rows.start)
-            with rehearsal:
-                self._step(run, run.model)
+            try:
+                with rehearsal:
+                    self._step(run, run.model)
+            finally:
+                self.x0 = self.x  # which was there before
+                rehearsal.undo()
 
         try:
             self._recorder.aside(rehearse)
         except Exception as error:
-            self.x0 = self.x
-            rehearsal.undo()
             if not rehearsal.hindrance or isinstance(error, UncapturableError):
                 raise
-        self.x0 = self.x  # which was there before
-        rehearsal.undo()
         if rehearsal.hindrance:  # and the model went another way then
             raise UncapturableError(rehearsal.hindrance)
 

@@ -147,15 +147,12 @@ class Rehearsal(TorchDispatchMode):
     def _watch_writes(self, func: Any, name: str, args: Any, kwargs: Any) -> None:
         """A step that is taken more often than it is asked for, or from a graph, must leave no
         trace but by writing the same again, into memory that it did not look at before."""
-        if not func._schema.is_mutable:
-            self._read.update(_places((args, kwargs)))
-            return
         written: list[tuple[Tensor, bool]] = []
         for i, argument in enumerate(func._schema.arguments):
             value = args[i] if i < len(args) else kwargs.get(argument.name)
-            if argument.alias_info is None or not argument.alias_info.is_write:
+            if argument.alias_info is None:
                 self._read.update(_places(value))
-            else:
+            elif argument.alias_info.is_write:  # else a view is made of it
                 over = argument.kwarg_only or name in _OVERWRITE
                 written += [(tensor, over) for tensor in _tensors(value)]
         for tensor, over in written if name not in _HARMLESS else ():
