@@ -13,7 +13,7 @@ from test_unet_variants import SMALL
 from unet_weights import gap, randomised
 
 from ddpm_fast import InUseError, Sampler, UNet
-from ddpm_fast.sessions import lanes
+from ddpm_fast.sessions import lanes, saved
 from ddpm_fast.states import StateFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -94,6 +94,11 @@ def test_what_samples_shared_they_share_again(tmp_path):
     assert calls == [[4, 4, 4]] * 2
     make = maker(model, num_steps=3)
     assert all(is_right(each, make, model_kwargs={"text": text, "y": own}) for each in handles)
+
+
+def test_a_tensor_is_placed_once():
+    tensors = saved._Placed({"0": torch.ones(2)})
+    assert tensors.on("0", "meta") is tensors.on("0", "meta")
 
 
 # When ------------------------------------------------------------------------------------------
