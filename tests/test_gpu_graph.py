@@ -20,6 +20,7 @@ from ddpm_fast import NoiseSchedule, Sampler, UNet, UNetConfig, use_backend
 from ddpm_fast.capture import rehearsal
 from ddpm_fast.capture.captured import CapturedStep
 from ddpm_fast.capture.graphs import KEPT, Graphs
+from ddpm_fast.capture.rehearsal import WATCHES_AT_FIRST
 from ddpm_fast.sampling import Run
 
 pytestmark = pytest.mark.gpu
@@ -198,17 +199,26 @@ def test_threads(on):
     expected = [sampler_of(common.model, graph="off").sample(SHAPE, seed=seed) for seed in range(3)]
     common.sample(SHAPE)  # makes the plan
     torch.cuda.synchronize()
-    wrong, done = [], threading.Event()
+    wrong: list[object] = []
+    done = threading.Event()
 
     def draw(seed, sampler):
-        with use_backend(on), torch.cuda.stream(torch.cuda.Stream()):
-            for _ in range(10):
-                if not torch.equal(sampler.sample(SHAPE, seed=seed), expected[seed]):
-                    wrong.append(seed)
+        try:
+            with use_backend(on), torch.cuda.stream(torch.cuda.Stream()):
+                for _ in range(10):
+                    if not torch.equal(sampler.sample(SHAPE, seed=seed), expected[seed]):
+                        wrong.append(seed)
+        except BaseException as error:
+            wrong.append(error)
+            raise
 
     def disturb():
-        while not done.is_set():
-            torch.randn(1000, 1000, device="cuda").sum().item()
+        try:
+            while not done.is_set():
+                torch.ones(1000, 1000, device="cuda").sum().item()
+        except BaseException as error:
+            wrong.append(error)
+            raise
 
     others = threading.Thread(target=disturb)
     others.start()
@@ -225,6 +235,77 @@ def test_threads(on):
     others.join()
     assert not wrong
     assert not any(thread.is_alive() for thread in threads)
+
+
+def test_others_draw_random_numbers_meanwhile():
+    """Of PyTorch's, which before 2.13 marks their state while a graph is captured."""
+    drawn_there: list[object] = []
+
+    def draw():
+        try:
+            drawn_there.append(torch.randn(1000, device="cuda").std().item())
+        except BaseException as error:
+            drawn_there.append(error)
+
+    def watched(x, t):
+        if torch.cuda.is_current_stream_capturing():
+            thread = threading.Thread(target=draw)
+            thread.start()
+            thread.join(60)
+        return function(x, t)
+
+    sampler = sampler_of(watched)
+    state = torch.cuda.get_rng_state()
+    silent(lambda: sampler.sample(SHAPE))
+    assert len(drawn_there) == 1
+    assert isinstance(drawn_there[0], float), drawn_there
+    after = torch.randn(5, device="cuda")
+    torch.cuda.set_rng_state(state)
+    torch.randn(1000, device="cuda")
+    assert torch.equal(torch.randn(5, device="cuda"), after)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_captures_inside_inference_mode_and_out(first):
+    """Whoever captures first, or plays what another captured."""
+    sampler = sampler_of(unet())
+    off = sampler_of(sampler.model, graph="off")
+    for count, inside in ((4, first), (3, not first), (4, not first), (3, first)):
+        shape = (count, *SHAPE[1:])
+        with torch.inference_mode(inside), warnings.catch_warnings():
+            warnings.filterwarnings("error", OURS)
+            found = sampler.sample(shape)
+        assert torch.equal(found, off.sample(shape))
+    assert len(sampler._graphs._kept) == 2
+    assert all(sampler._graphs._kept.values())
+
+
+def test_graphs_have_cublas_memory_of_their_own():
+    """Not that of a stream on which others multiply before and afterwards."""
+    torch.manual_seed(0)
+    weight = torch.randn(SHAPE[-1], SHAPE[-1], device="cuda") / SHAPE[-1] ** 0.5
+    streams = [torch.cuda.Stream() for _ in range(32)]  # all that PyTorch has
+    big = torch.randn(512, 4096, device="cuda")
+
+    def multiply():
+        for stream in streams:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                (big @ big.T).sum()
+            torch.cuda.current_stream().wait_stream(stream)
+
+    multiply()
+    sampler = sampler_of(lambda x, t: function(x @ weight, t))
+    expected = sampler_of(sampler.model, graph="off").sample(SHAPE)
+    for _ in range(2):
+        assert torch.equal(silent(lambda: sampler.sample(SHAPE)), expected)
+        multiply()
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.empty_cache()
+        taken = [torch.full((1 << 22,), float("nan"), device="cuda") for _ in range(8)]
+        assert torch.equal(silent(lambda: sampler.sample(SHAPE)), expected)
+        del taken
+    assert all(sampler._graphs._kept.values())
 
 
 def refused(sampler, message):
@@ -276,8 +357,47 @@ def test_models_that_are_no_functions():
     before = counted.calls
     silent(lambda: sampler.sample(SHAPE))
     assert counted.calls == before + 20
-    with pytest.warns(UserWarning, match="draws random numbers"):
+    with pytest.warns(UserWarning, match="aten.randn_like, which draws random numbers"):
         sampler_of(lambda x, t: function(x, t) + torch.randn_like(x)).sample(SHAPE)
+
+
+def test_models_that_write():
+    """What a step counts is counted once a step, and by the loop."""
+
+    def logging(x, t, log):
+        log += 1
+        return function(x, t)
+
+    log = torch.zeros(1, device="cuda")
+    sampler = sampler_of(logging)
+    with pytest.warns(UserWarning, match="aten.add_, which writes to a tensor among the model's"):
+        sampler.sample(SHAPE, model_kwargs={"log": log})
+    assert log.item() == 20
+
+    def counting(x, t):
+        log.add_(1)
+        return function(x, t)
+
+    with pytest.warns(UserWarning, match="aten.add_, which changes what was there before the step"):
+        sampler_of(counting).sample(SHAPE)
+    if WATCHES_AT_FIRST:
+        assert log.item() == 40
+    again = torch.empty(SHAPE, device="cuda")
+    sampler = sampler_of(lambda x, t: again.copy_(function(x, t)))
+    expected = sampler_of(function, graph="off").sample(SHAPE)
+    assert torch.equal(silent(lambda: sampler.sample(SHAPE)), expected)
+    assert all(sampler._graphs._kept.values())
+
+
+def test_arguments_have_their_strides():
+    shift = torch.linspace(-1, 1, 4 * 6, device="cuda").view(4, 6)[:, 1::2, None, None]
+    sampler = sampler_of(function, graph="off")
+    expected = sampler.sample(SHAPE, model_kwargs={"shift": shift})
+    sampler.graph = "auto"
+    found = silent(lambda: sampler.sample(SHAPE, model_kwargs={"shift": shift}))
+    assert torch.equal(found, expected)
+    (step,) = sampler._graphs._kept.values()
+    assert step.kwargs["shift"].stride() == shift.stride()
 
 
 def test_weights_that_change():

@@ -238,7 +238,7 @@ def test_what_a_capture_is_kept_from(cuda):
         (torch._C, "_cuda_clearCublasWorkspaces", "torch._C._cuda_clearCublasWorkspaces"),
         (torch._C, "_cuda_releasePool", "torch._C._cuda_releasePool"),
         (torch._C, "_cuda_endAllocateToPool", "torch._C._cuda_endAllocateToPool"),
-        (Generator, "graphsafe_set_state", "Generator.graphsafe_set_state"),
+        (Generator, "graphsafe_set_state", "torch.Generator.graphsafe_set_state"),
     ],
 )
 def test_what_pytorch_does_not_have(owner, name, said, cuda, monkeypatch):

@@ -72,13 +72,15 @@ class CudaRecorder:
                 current.wait_stream(side)
 
     def lacks(self) -> str:
-        private = torch._C, ("_cuda_clearCublasWorkspaces", "_cuda_releasePool")
-        generator = torch.Generator, ("graphsafe_get_state", "graphsafe_set_state")
-        for owner, names in (private, generator):
-            for name in names:
-                if not hasattr(owner, name):
-                    return f"{owner.__name__}.{name}"
-        return "" if _end_of_allocation() is not None else f"torch._C.{_ENDS[0]}"
+        needed: list[tuple[str, object, str]] = [
+            ("torch._C", torch._C, "_cuda_clearCublasWorkspaces"),
+            ("torch._C", torch._C, "_cuda_releasePool"),
+            ("torch._C", torch._C, next((n for n in _ENDS if hasattr(torch._C, n)), _ENDS[0])),
+        ]
+        if not _STATE_A_CAPTURE:
+            needed.append(("torch.Generator", torch.Generator, "graphsafe_set_state"))
+        missing = [f"{where}.{name}" for where, owner, name in needed if not hasattr(owner, name)]
+        return ", ".join(missing)
 
     def record(self, work: Work) -> Recording:
         # What cuBLAS works in belongs to a stream, and whoever likes may drop it. Taken during the
@@ -147,21 +149,11 @@ class CudaRecorder:
             # pool of one that was ended, and could not be made a graph, it releases itself
             graph.reset()
             _FAILED.append(graph)
-            end, index = _end_of_allocation(), self._device.index
+            end = next(getattr(torch._C, name) for name in _ENDS if hasattr(torch._C, name))
             with contextlib.suppress(RuntimeError):
-                if end is not None:
-                    end(index, pool)
-                    torch._C._cuda_releasePool(index, pool)
+                end(self._device.index, pool)
+                torch._C._cuda_releasePool(self._device.index, pool)
             raise
-
-
-def _end_of_allocation() -> Callable[[int | None, tuple[int, int]], None] | None:
-    found: Callable[[int | None, tuple[int, int]], None] | None
-    for name in _ENDS:
-        found = getattr(torch._C, name, None)
-        if found is not None:
-            return found
-    return None
 
 
 @contextlib.contextmanager
