@@ -150,6 +150,15 @@ def test_arguments_have_their_strides(shift, graphs):
     assert set(met) == {(shift.stride(), shift.data_ptr() % 16)}
 
 
+def test_arguments_strewn_over_much_memory(graphs):
+    """Of which a buffer would be as large."""
+    strewn = torch.zeros(4, 1 << 22)[:, 0]
+    sampler = sampler_of(lambda x, t, shift: model(x, t, shift))
+    with pytest.warns(UserWarning, match=r"\['shift'\] is strewn over 12582913 elements"):
+        sampler.sample(SHAPE, model_kwargs={"shift": strewn})
+    assert not graphs
+
+
 def test_arguments_over_each_other(graphs):
     sampler = sampler_of(lambda x, t, shift: model(x, t) + shift.sum())
     windows = BIG[0].unfold(0, 4, 2)

@@ -19,16 +19,8 @@ from ..callers import warn_caller
 from ..model import Model, call_model
 from ..sampling import Run, SampleStep
 from ..stepping import NO_NAN
-from .key import (
-    Key,
-    UnsuitedError,
-    distinct,
-    holders_of,
-    key_of,
-    shift_of,
-    tensors_of,
-    with_tensors,
-)
+from .key import Key, UnsuitedError, holders_of, key_of, tensors_of, with_tensors
+from .layout import distinct, room_for, same_bits
 from .recorder import Recorder
 from .rehearsal import WATCHES_AT_FIRST, Rehearsal, UncapturableError
 
@@ -79,7 +71,7 @@ class CapturedStep:
                 self.scale = numbers([count] * ndim, torch.float32)
             told = run.model_timesteps
             self._told = torch.tensor(told, dtype=run.t_dtype).to(x.device)
-            self._inputs = [_room_for(tensor) for tensor in _given(run)]
+            self._inputs = [room_for(tensor) for tensor in _given(run)]
             self._written = [distinct(buffer) for buffer in self._inputs]
         buffers = iter(self._inputs)
         self.kwargs = with_tensors(run.model_kwargs, buffers)
@@ -147,7 +139,7 @@ class CapturedStep:
     def _look_at_arguments(self, run: Run) -> None:
         """After a step, for what no rehearsal sees: kernels that a model launches itself."""
         for buffer, tensor in zip(self._written, _given(run), strict=True):
-            if not _same_bits(buffer, distinct(tensor)):
+            if not same_bits(buffer, distinct(tensor)):
                 raise UncapturableError("the model writes to a tensor among its arguments")
 
     def _record(self, run: Run) -> None:
@@ -222,7 +214,7 @@ class CapturedStep:
         found = [self.x, *self._outputs]
         found += [self.lowp] if self.lowp is not None else []
         found += [self.x0] if self.every_state else []
-        return all(map(_same_bits, found, expected))
+        return all(map(same_bits, found, expected))
 
     def _plainly(self, run: Run, row: int) -> list[Tensor]:
         """What the loop without a graph makes of the state in the buffers."""
@@ -333,14 +325,6 @@ def _given(run: Run) -> list[Tensor]:
     return [*tensors_of(run.model_kwargs), *tensors_of(run.uncond_kwargs)]
 
 
-def _room_for(tensor: Tensor) -> Tensor:
-    """For a tensor of the same strides and alignment."""
-    shape, stride, shift = tensor.shape, tensor.stride(), shift_of(tensor)
-    reach = sum(step * max(size - 1, 0) for size, step in zip(shape, stride, strict=True))
-    room = torch.empty(shift + reach + 1, dtype=tensor.dtype, device=tensor.device)
-    return room.as_strided(shape, stride, shift)
-
-
 def _noting(run: Run, outputs: list[Tensor]) -> Model:
     """The model, whose outputs are noted."""
 
@@ -349,13 +333,3 @@ def _noting(run: Run, outputs: list[Tensor]) -> Model:
         return outputs[-1]
 
     return model
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    if (a.shape, a.dtype) != (b.shape, b.dtype):
-        return False
-    if a.is_complex():
-        a, b = torch.view_as_real(a), torch.view_as_real(b)
-    kind = integers[a.itemsize]
-    return torch.equal(a.view(kind), b.view(kind))  # NaN are equal where their bits are

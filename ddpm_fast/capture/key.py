@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..backends import chosen
 from ..ops.reverse_step import check_clip
+from .layout import overlaps, reach_of, shift_of
 
 if TYPE_CHECKING:
     from ..sampling import Run
@@ -29,8 +30,7 @@ _PLAIN = (
     torch.memory_format,
     torch.layout,
 )
-
-ALIGNED = 16  # bytes: the widest that one instruction loads
+SPREAD = 8  # a buffer with the strides of an argument may be so many times its elements
 
 Holders = list[Mapping[str, Tensor | None]]
 
@@ -117,8 +117,10 @@ def frozen(value: object, device: torch.device, name: str) -> Hashable:
             raise UnsuitedError(f"{name} is a tensor of a kind of its own, {type(value).__name__}")
         if value.is_quantized or value.is_conj() or value.is_neg():
             raise UnsuitedError(f"{name} is a tensor of a kind of its own")
-        if _overlaps(value):
+        if overlaps(value):
             raise UnsuitedError(f"{name} has elements that lie over each other")
+        if reach_of(value) > SPREAD * max(value.numel(), 1 << 20):
+            raise UnsuitedError(f"{name} is strewn over {reach_of(value)} elements of memory")
         # Kernels are chosen by all of it
         form = (value.shape, value.stride(), value.dtype, value.device, shift_of(value))
         if value.device == device:
@@ -139,32 +141,6 @@ def frozen(value: object, device: torch.device, name: str) -> Hashable:
     if isinstance(value, (list, tuple)) and kind in (list, tuple):
         return kind, tuple(frozen(part, device, f"{name}[{i}]") for i, part in enumerate(value))
     raise UnsuitedError(f"{name} is of {kind.__qualname__}, which may change unseen")
-
-
-def shift_of(tensor: Tensor) -> int:
-    """How many elements after a multiple of ALIGNED bytes it begins."""
-    return tensor.data_ptr() % ALIGNED // tensor.element_size()
-
-
-def distinct(tensor: Tensor) -> Tensor:
-    """Each element once, where expanded ones are one."""
-    if 0 not in tensor.stride():
-        return tensor
-    shape, stride = tensor.shape, tensor.stride()
-    return tensor.as_strided(
-        [size if step else min(size, 1) for size, step in zip(shape, stride, strict=True)], stride
-    )
-
-
-def _overlaps(tensor: Tensor) -> bool:
-    """Whether two places may be one element, but for dimensions that are expanded."""
-    reach = 0
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if stride and size > 1:
-            if stride <= reach:
-                return True
-            reach += stride * (size - 1)
-    return False
 
 
 def tensors_of(value: object) -> Iterator[Tensor]:
