@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -235,6 +236,7 @@ def test_closed_by_several_while_others_ask(cancel, many_switches):
         with contextlib.suppress(SessionClosed):
             while True:
                 handles.append(session.submit(sample_id=len(handles)))
+                time.sleep(1e-6)  # others come to the lock, too
         return handles
 
     def close():

@@ -181,13 +181,16 @@ class Flight:
                     return (0, None) if bool(x.isnan().any()) else (flyer.row, x)
         return (0, None) if flyer.x is None else (flyer.row, flyer.x)  # that it came with
 
-    @torch.no_grad()
     def step(self, wait: bool = True) -> list[Landed]:
         """One step of all. On a GPU samples land when it has computed them, at a later step; it is
         waited for where nothing else is under way, and ``wait``."""
+        if torch.is_grad_enabled():  # not in a session's thread; to turn it off takes microseconds
+            with torch.no_grad():
+                return self.step(wait)
         landed: list[Landed] = []
         for kind, group in list(self._groups.items()):
-            landed += [Landed(flyer, error) for flyer, error in group.step()]
+            if failed := group.step():
+                landed += [Landed(flyer, error) for flyer, error in failed]
             if done := group.done():
                 flyers = [group.flyers[i] for i in done]
                 try:

@@ -36,6 +36,8 @@ class Group:
         )
         self._scales = torch.empty(0, device=device)
         self._nan_step = torch.full((1,), NO_NAN, dtype=torch.int32, device=device)
+        # Read at each step, where it lies on the host: by NumPy in a tenth of the time
+        self._seen: Any = self._nan_step.numpy() if device.type == "cpu" else self._nan_step
         self._batch: Batch | None = None
         self._left = 0  # steps of all that nobody lands before; 0 if it was not looked
         self._stepper = Stepper(flight.sampler, flight.lanes.table)
@@ -185,13 +187,13 @@ class Group:
         )
         batch.steps.add_(1)
 
-    def _versions(self) -> list[int]:
+    def _versions(self) -> tuple[int, int]:
         """That change whenever the states are written."""
-        return [x._version for x in (self.x, self._lowp) if x is not None]
+        return self.x._version, 0 if self._lowp is None else self._lowp._version
 
     def _find_nans(self, failed: dict[int, Exception]) -> None:
         """On the host, where looking costs nothing; on a GPU when a sample lands."""
-        if self._on_gpu or int(self._nan_step) == NO_NAN:
+        if self._on_gpu or self._seen[0] == NO_NAN:
             return
         self._nan_step.fill_(NO_NAN)
         broken = self.x[: len(self.flyers)].flatten(1).isnan().any(1)
