@@ -213,7 +213,8 @@ def test_one_warning_a_model(graphs):
         else:
             silent(lambda: sampler.sample(SHAPE))
     assert len(sampler._graphs._refused) == 4
-    for _ in range(3 * REMEMBERED):
+    for i in range(3 * REMEMBERED):
+        sampler.model = models[i % 2]
         sampler.denoised_fn = lambda x0: x0
         silent(lambda: sampler.sample(SHAPE))
     assert len(sampler._graphs._refused) == REMEMBERED
@@ -243,6 +244,28 @@ def test_captures_that_others_break(broken, graphs, monkeypatch):
             assert torch.equal(sampler.sample(SHAPE), expected)
     assert torch.equal(silent(lambda: sampler.sample(SHAPE)), expected)
     assert (len(tried), len(graphs)) == (2, broken == 1)
+
+
+def test_models_that_a_broken_capture_breaks(graphs, monkeypatch):
+    """At the second attempt, and not for the loop."""
+    calls: list[int] = []
+
+    def disturbed(self, work):
+        calls.append(0)
+        raise RuntimeError("operation not permitted")
+
+    def function(x, t):
+        if calls == [0]:
+            calls.append(1)
+            raise RuntimeError("a graph of the model's own is half made")
+        return model(x, t)
+
+    monkeypatch.setattr(HostRecorder, "record", disturbed)
+    sampler, expected = sampler_of(function), sampler_of(graph="off").sample(SHAPE)
+    with pytest.warns(UserWarning, match="captured: RuntimeError: operation not permitted"):
+        assert torch.equal(sampler.sample(SHAPE), expected)
+    assert calls == [0, 1]
+    assert torch.equal(silent(lambda: sampler.sample(SHAPE)), expected)
 
 
 def test_where_pytorch_lacks_what_a_capture_needs(graphs, monkeypatch):

@@ -141,7 +141,8 @@ class Graphs:
                 with self._lock:
                     if again == "with less":
                         self._kept.clear()
-                found, why, again = _attempt(run, key, every_state)
+                with contextlib.suppress(Exception):  # the loop meets what is not of the capture
+                    found, why, again = _attempt(run, key, every_state)
         finally:
             _capturing.release()
         if found is not None:
