@@ -101,6 +101,17 @@ def test_what_is_counted_is_counted_once(write, held, watched_at_first, graphs, 
         assert torch.equal(log, getattr(net, "held", net).log)
 
 
+def test_what_compiles_is_told():
+    """And is not watched before it has."""
+    net = torch.nn.Sequential(torch.nn.Linear(3, 3))
+    assert not captured.is_compiled(net)
+    assert not captured.is_compiled(model)
+    assert captured.is_compiled(torch.compile(model))
+    assert captured.is_compiled(torch.nn.Sequential(torch.compile(net)))
+    net[0].compile()
+    assert captured.is_compiled(net)
+
+
 def test_what_is_written_again_may_be(graphs):
     held = types.SimpleNamespace(all=torch.empty(SHAPE), part=torch.zeros(5, *SHAPE), out=SHIFTS)
 

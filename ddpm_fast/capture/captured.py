@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..callers import warn_caller
 from ..model import Model, call_model
@@ -24,8 +24,8 @@ from .layout import distinct, room_for, same_bits
 from .recorder import Recorder
 from .rehearsal import WATCHES_AT_FIRST, Rehearsal, UncapturableError
 
-# Steps that are taken before one is captured: cuBLAS's and cuDNN's memory, compiled kernels and
-# choices by timing have to be there.
+# Steps that are taken before one is captured, the last of them watched: cuBLAS's and cuDNN's
+# memory, compiled kernels and choices by timing have to be there.
 WARM_UPS = 3
 
 
@@ -88,8 +88,8 @@ class CapturedStep:
             self._load(run, run.x, run.rows.start)
             self._step(run, run.model)
 
-        # A plan is known to change nothing
-        if self.key.opaque and WATCHES_AT_FIRST:
+        # A plan is known to change nothing; what compiles had better not begin to under a mode
+        if self.key.opaque and WATCHES_AT_FIRST and not is_compiled(run.sampler.model):
             self._watched(run, Rehearsal(run.x.device, self._own(), self._inputs, strict=False))
         for _ in range(WARM_UPS - 1):
             self._recorder.aside(warm)
@@ -323,6 +323,17 @@ class CapturedStep:
 def _given(run: Run) -> list[Tensor]:
     """The tensors of the model's arguments."""
     return [*tensors_of(run.model_kwargs), *tensors_of(run.uncond_kwargs)]
+
+
+def is_compiled(model: object) -> bool:
+    """Whether it, or a part of it, is seen to be of torch.compile."""
+    parts = model.modules() if isinstance(model, nn.Module) else [model]
+    return any(
+        hasattr(part, "_orig_mod")
+        or hasattr(part, "_torchdynamo_orig_callable")
+        or getattr(part, "_compiled_call_impl", None) is not None
+        for part in parts
+    )
 
 
 def _noting(run: Run, outputs: list[Tensor]) -> Model:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # Each holds the memory of a step: shapes, with and without x̂₀, that alternate.
 KEPT = 4
-# A capture takes the time of some seven steps that are not captured, and a replay a tenth of one
+# A capture takes the time of some eight steps that are not captured, and a replay a tenth of one
 # where launches are what takes the time: trajectories of one kind get one when they come to more.
 WORTH = 16
 # A look at whether a captured step is as it was takes one that is not captured.
