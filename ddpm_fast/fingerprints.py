@@ -86,7 +86,11 @@ def modules_texts(function: Any, name: str) -> dict[str, str]:
 def _module_of(value: Any) -> nn.Module | None:
     if isinstance(value, Plan):
         return _planned(value)
-    return value if isinstance(value, nn.Module) else None
+    if not isinstance(value, nn.Module):
+        return None
+    # Without tensors it is code, an activation say, that may be made at a first call
+    has_tensors = any(True for _ in (*value.parameters(), *value.buffers()))
+    return value if has_tensors else None
 
 
 def _planned(plan: Plan) -> nn.Module:

@@ -54,7 +54,7 @@ def parts(holder: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(holder, functools.partial):
         yield ".func", holder.func
         yield from ((f".args[{i}]", part) for i, part in enumerate(holder.args))
-        yield from ((f".{name}", part) for name, part in holder.keywords.items())
+        yield from ((f".{name}", part) for name, part in list(holder.keywords.items()))
     elif isinstance(holder, types.FunctionType):
         yield from _parts_of_function(holder)
     elif isinstance(holder, (list, tuple)):
@@ -62,11 +62,12 @@ def parts(holder: Any) -> Iterator[tuple[str, Any]]:
             yield from ((f"[{i}]", part) for i, part in enumerate(holder))
     elif isinstance(holder, dict):
         if len(holder) <= _LONGEST:
-            for name, part in holder.items():
+            for name, part in list(holder.items()):  # at once: other threads may change it
                 if type(name) in (str, int):
                     yield f"[{name!r}]", part
     elif not isinstance(holder, (type, types.ModuleType, Tensor)):
-        yield from ((f".{name}", part) for name, part in getattr(holder, "__dict__", {}).items())
+        attributes = list(getattr(holder, "__dict__", {}).items())
+        yield from ((f".{name}", part) for name, part in attributes)
         for name in _slots(type(holder)):
             if hasattr(holder, name):
                 yield f".{name}", getattr(holder, name)
@@ -89,7 +90,7 @@ def _parts_of_function(function: types.FunctionType) -> Iterator[tuple[str, Any]
     for name in _globals_of(code):
         if name in function.__globals__:
             yield f".{name}", function.__globals__[name]
-    yield from ((f".{name}", part) for name, part in vars(function).items())
+    yield from ((f".{name}", part) for name, part in list(vars(function).items()))
 
 
 def _globals_of(code: types.CodeType) -> set[str]:

@@ -8,6 +8,7 @@ import functools
 import itertools
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -272,7 +273,8 @@ def test_a_plan_in_a_function():
 def test_found_in_the_same_places_in_another_process():
     code = (
         "import torch\nfrom torch import nn\nfrom ddpm_fast.fingerprints import model_texts\n"
-        "nets = {name: nn.Identity() for name in 'abc'}\nz = nn.Identity()\n"
+        "torch.manual_seed(0)\n"
+        "nets = {name: nn.Linear(1, 1) for name in 'abc'}\nz = nn.Linear(1, 1)\n"
         "print(model_texts(lambda x, t: z(nets['a'](x))))"
     )
     made = {
@@ -295,3 +297,52 @@ def test_values_that_are_not_there(tensor, what):
         tensor_text(tensor, "a")
     with pytest.raises(TypeError, match=f"the model's {what}"):
         model_texts(module(a=tensor))
+
+
+def test_modules_without_tensors_may_be_made_at_a_first_call():
+    class Denoiser:
+        def __init__(self):
+            self.net, self.act = nn.Linear(2, 2), None
+
+        def __call__(self, x, t):
+            if self.act is None:
+                self.act = nn.SiLU()
+            return self.act(self.net(x))
+
+    model = Denoiser()
+    before = model_texts(model)
+    model(torch.zeros(1, 2), None)
+    assert model_texts(model) == before
+    model.net.weight.data.add_(1)
+    assert model_texts(model) != before
+
+
+def test_what_another_thread_changes_meanwhile():
+    class Server:
+        def __init__(self):
+            self.net = nn.Linear(2, 2)
+            self.pending = dict.fromkeys(range(900))
+
+        def denoise(self, x, t):
+            return self.net(x)
+
+    server, stop = Server(), threading.Event()
+
+    def serve():
+        i = 900
+        while not stop.is_set():
+            server.pending[i] = None
+            del server.pending[i - 900]
+            i += 1
+
+    thread = threading.Thread(target=serve)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    thread.start()
+    try:
+        for _ in range(100):
+            assert "the model's self.net's weights" in model_texts(server.denoise)
+    finally:
+        stop.set()
+        thread.join()
+        sys.setswitchinterval(interval)

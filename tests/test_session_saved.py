@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,7 +13,7 @@ from session_cases import SCHEDULE, SECONDS, SHAPE, Gated, alone, exact, gated, 
 from test_unet_variants import SMALL
 from unet_weights import gap, randomised
 
-from ddpm_fast import InUseError, Sampler, UNet
+from ddpm_fast import InUseError, Sampler, SessionClosed, UNet
 from ddpm_fast.sessions import lanes, saved
 from ddpm_fast.states import StateFolder
 
@@ -227,12 +228,11 @@ def test_all_that_fly_together_have_the_weights_of_one_look(gate, tmp_path):
     assert gap(again.result(), handles[1].result()) > 1e-2
 
 
-@pytest.mark.parametrize("plan", ["auto", "off"])
-def test_weights_are_read_once(plan, tmp_path, monkeypatch, gate):
+def test_weights_of_a_plan_are_read_once(tmp_path, monkeypatch, gate):
     described, read = lanes.described, []
     monkeypatch.setattr(lanes, "described", lambda sampler: read.append(0) or described(sampler))
     model = unet()
-    make = with_gate(gate, model, plan=plan)
+    make = with_gate(gate, model)
     with make().session(IMAGE, max_batch=2) as session:
         first = session.submit()
         gate.reached()
@@ -248,6 +248,77 @@ def test_weights_are_read_once(plan, tmp_path, monkeypatch, gate):
         assert len(read) == 2
     with make().session(IMAGE, max_batch=2) as session:
         assert session.restore(tmp_path) == []
-    other = with_gate(gate, unet(), plan=plan)().session(IMAGE, max_batch=2)
+    other = with_gate(gate, unet())().session(IMAGE, max_batch=2)
     with other, pytest.raises(ValueError, match="the model's weights: "):
         other.restore(tmp_path)
+
+
+def test_weights_without_a_plan_are_those_of_the_moment(tmp_path, gate):
+    model = unet()
+    with with_gate(gate, model, plan="off")().session(IMAGE, max_batch=2) as session:
+        session.submit()
+        gate.reached()
+        save_between_steps(session, gate, tmp_path)
+        with torch.no_grad():
+            model.conv_out.weight.mul_(1.5)
+        save_between_steps(session, gate, tmp_path)
+        gate.open()
+    with with_gate(gate, model, plan="off")().session(IMAGE, max_batch=2) as session:
+        assert len(session.restore(tmp_path)) == 1
+    before = with_gate(gate, unet(), plan="off")().session(IMAGE, max_batch=2)
+    with before, pytest.raises(ValueError, match="the model's weights: "):
+        before.restore(tmp_path)
+
+
+# Ends while it is saved -------------------------------------------------------------------------
+
+
+def test_a_sample_given_up_meanwhile_is_saved_with_its_arguments(tmp_path):
+    gate, session = gated(max_batch=1)
+    scale = {"scale": torch.tensor([3.0])}
+    handles = [session.submit(sample_id=i, model_kwargs=scale) for i in range(3)]
+    state_of = session._flight.state_of
+
+    def given_up_first(flyer):
+        handles[2].cancel()
+        return state_of(flyer)
+
+    session._flight.state_of = given_up_first
+    gate.reached()
+    save_between_steps(session, gate, tmp_path)
+    gate.open()
+    session.close()
+    found = restored(tmp_path)
+    assert [handle.sample_id for handle in found] == [0, 1, 2]
+    assert all(is_right(handle, model_kwargs=scale) for handle in found)
+
+
+def test_what_was_given_up_does_not_take_the_place_of_what_was_saved(tmp_path):
+    gate, session = gated()
+    session.submit(sample_id=5)
+    gate.reached()
+    save_between_steps(session, gate, tmp_path)
+    with ThreadPoolExecutor(1) as pool:
+        closing = pool.submit(session.close, cancel=True)
+        wait_for(lambda: not session.running)
+        gate.open()
+    closing.result(SECONDS)
+    with pytest.raises(SessionClosed, match="has given up samples"):
+        session.save(tmp_path)
+    assert [handle.sample_id for handle in restored(tmp_path)] == [5]
+
+
+def test_no_bound_takes_what_is_restored(tmp_path):
+    with MAKE().session(SHAPE, max_batch=2) as session:
+        for handle in [session.submit(sample_id=i) for i in range(20)]:
+            handle.add_done_callback(lambda _: None)
+        wait_for(lambda: not session.running and not session.waiting)
+        session.save(tmp_path)
+    for _ in range(2):
+        with MAKE().session(SHAPE, max_batch=2, max_waiting=2) as session:
+            session.restore(tmp_path)
+            gc.collect()
+            session.save(tmp_path)
+            found = list(session)
+        assert [handle.sample_id for handle in found] == list(range(20))
+        assert all(map(is_right, found))

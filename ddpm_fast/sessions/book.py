@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet
 
 from torch import Tensor
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .flight import Flyer, Landed
 
 End = Tensor | BaseException
+Arguments = tuple[dict[str, Any], dict[str, Any] | None]
 
 
 class Book:
@@ -36,6 +37,7 @@ class Book:
         ending: ends that are being told: callbacks of handles run.
         dropped: given up while they ran.
         closed: no more are taken.
+        gave_up: samples that were not finished when it was closed.
         stepping: a step is under way, or what landed at it is not delivered yet.
         pauses: of those who want no step to be taken.
         thread: that takes the steps, if there is one.
@@ -49,7 +51,7 @@ class Book:
         self.running: dict[Flyer, Handle] = {}
         self.ending: Mapping[Handle, End] = {}
         self.dropped: list[Flyer] = []
-        self.closed, self.stepping = False, False
+        self.closed, self.gave_up, self.stepping = False, False, False
         self.pauses: set[object] = set()
         self.thread: threading.Thread | None = None
         self.cause: BaseException | None = None
@@ -57,6 +59,7 @@ class Book:
         self._finished: WeakKeyDictionary[Handle, None] = WeakKeyDictionary()
         self._given: WeakKeyDictionary[Handle, None] = WeakKeyDictionary()  # by iteration
         self._held: dict[Handle, None] = {}  # of the finished
+        self._restored: dict[Handle, None] = {}  # likewise
         self._fallen: WeakSet[Handle] = WeakSet()  # out of these, and how many since
         self._fell = 0
         self._iterated = False
@@ -134,8 +137,8 @@ class Book:
             raise failure
 
     def finish(self, handle: Handle, result: Tensor) -> None:
-        """That has never run: it was finished when it was saved."""
-        handle._delivered = True
+        """That has never run: it was finished when it was saved. No bound makes it fall out."""
+        handle._delivered = handle._restored = True
         handle.set_result(result)
         with self.changed:
             promise = self._offered(handle)
@@ -161,6 +164,7 @@ class Book:
         """
         with self.changed:
             handles = [*self.running.values(), *self.waiting.values()]
+            self.gave_up |= bool(handles)
             for handle in handles:
                 self._forget(handle)
         closed = "the session was closed before the sample was finished"
@@ -185,27 +189,39 @@ class Book:
         """For its result."""
         with self.changed:
             handle._asked = True
-            self._held.pop(handle, None)
+            self._let_go(handle)
 
     def collected(self, handle: Handle) -> None:
         """Its result was taken: iterators need not give it."""
         with self.changed:
             self._finished.pop(handle, None)
             self._given.pop(handle, None)
-            self._held.pop(handle, None)
+            self._let_go(handle)
             if handle in self._fallen:
                 self._fallen.discard(handle)
                 self._fell -= 1
 
-    def not_collected(self) -> dict[Handle, End]:
-        """Ends of those that somebody may still take."""
+    def all_of_it(self) -> tuple[dict[Handle, End], dict[Flyer, Arguments]]:
+        """Of one moment: ends that somebody may still take; who runs and waits, with their
+        arguments, which a flyer that is given up loses.
+
+        Raises:
+            SessionClosed: samples were given up, as the session was closed.
+        """
         with self.changed:
+            if self.gave_up:
+                raise SessionClosed(
+                    "the session was closed and has given up samples, which cannot be saved any "
+                    "more: save before"
+                )
             finished = [*self._given, *self._finished]
             ends = {
                 handle: Future.exception(handle) or Future.result(handle) for handle in finished
             }
             ends.update(self.ending)
-            return {handle: end for handle, end in ends.items() if handle._book is not None}
+            ends = {handle: end for handle, end in ends.items() if handle._book is not None}
+            unfinished = [*self.running, *self.waiting]
+            return ends, {flyer: (flyer.kwargs, flyer.uncond_kwargs) for flyer in unfinished}
 
     def next_finished(self) -> Future[Handle | None]:
         """Of the handle that finishes next; of None where nothing is left to wait for."""
@@ -269,6 +285,9 @@ class Book:
                 return promise
         self._finished[handle] = None
         if not handle._asked:
+            if handle._restored:
+                self._restored[handle] = None
+                return None
             self._held[handle] = None
             if not self._iterated and len(self._held) > self.max_batch + self.max_waiting:
                 oldest = next(iter(self._held))
@@ -280,8 +299,12 @@ class Book:
     def _give(self, handle: Handle) -> None:
         """Under the lock: to an iterator, whose it is."""
         self._finished.pop(handle, None)
-        self._held.pop(handle, None)
+        self._let_go(handle)
         self._given[handle] = None
+
+    def _let_go(self, handle: Handle) -> None:
+        self._held.pop(handle, None)
+        self._restored.pop(handle, None)
 
 
 def _told(ends: Iterable[tuple[Handle, End]]) -> BaseException | None:

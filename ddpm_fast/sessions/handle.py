@@ -41,6 +41,7 @@ class Handle(Future[Tensor]):
         self._flyer = flyer
         self._delivered = self._given_up = False  # it has an end, or is about to; by cancel
         self._asked = False  # for its result: who asks keeps it
+        self._restored = False  # it was finished when it was saved
 
     @property
     def step(self) -> int:
@@ -53,7 +54,7 @@ class Handle(Future[Tensor]):
         return book is not None and self._flyer in book.running
 
     def cancel(self) -> bool:
-        """Gives the sample up, waiting or running; False if it is finished already."""
+        """Gives the sample up, waiting or running; False if it is finished, or about to be."""
         book = self._book
         return book.cancel(self) if book is not None else self._given_up
 

@@ -129,14 +129,15 @@ class Lanes:
 
     def description(self) -> dict[str, str]:
         """By what a saved state is known to be of the same sampler, with the weights that lanes
-        have. These are read once, when it is first asked for.
+        have. Those of a plan are read once, when it is first asked for; a model that is called
+        itself computes with those it has at the moment.
 
         Raises:
             TypeError: a model whose weights are not there.
             ValueError: the model has others by now.
         """
-        if self._description is None:
-            plan = self._current.plan
+        plan = self._current.plan
+        if self._description is None or plan is None:
             if plan is not None and not self._sampler._planner.is_as_it_was(plan):
                 raise ValueError(
                     "the model's weights were changed while samples of its plan are under way, "

@@ -189,6 +189,7 @@ class Session:
                 dictionaries, lists and tuples.
             ValueError: the folder holds something else; the model's weights were changed while
                 samples of its plan are under way, which go on with those of before.
+            SessionClosed: it was closed and gave samples up: they cannot be saved any more.
             InUseError: another process, or another thread, saves there.
             OSError: it cannot be written.
             ImportError: safetensors is not installed.
@@ -196,12 +197,12 @@ class Session:
         flight, book = self._flight, self._book
 
         def all_of_it() -> tuple[dict[str, str], list[Flyer]]:
-            flyers = [_finished_flyer(handle, end) for handle, end in book.not_collected().items()]
-            with book.changed:
-                others = [*book.running, *book.waiting]
-            for flyer in others:
+            finished, unfinished = book.all_of_it()
+            flyers = [_finished_flyer(handle, end) for handle, end in finished.items()]
+            for flyer, (kwargs, uncond_kwargs) in unfinished.items():
                 row, x = flight.state_of(flyer)
-                flyers.append(replace(flyer, x=x, row=row))
+                flyer = replace(flyer, kwargs=kwargs, uncond_kwargs=uncond_kwargs, x=x, row=row)
+                flyers.append(flyer)
             return flight.description(), flyers
 
         with self._worker.paused():
