@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_sampler_checkpoint import SCHEDULE, Net, unet
+from checkpoint_cases import SCHEDULE, Net, unet
 
 from ddpm_fast import Sampler
 from ddpm_fast.sessions import Session

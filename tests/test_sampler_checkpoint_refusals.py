@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_sampler_checkpoint import (
+from checkpoint_cases import (
     SCHEDULE,
     SHAPE,
     X_T,
