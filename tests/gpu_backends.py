@@ -39,6 +39,16 @@ def on_each(request: pytest.FixtureRequest):
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(name="on", params=BACKENDS, autouse=True)
+def backend_in_use(request: pytest.FixtureRequest):
+    """Every test on each backend for GPUs that runs here, which all ops take; its name."""
+    status = ddpm_fast.backends()[request.param]
+    if no_gpu() or not status.available:
+        pytest.skip(f"{request.param}: {status.detail}")
+    with use_backend(request.param):
+        yield request.param
+
+
 def gpu(value):
     return value.cuda() if isinstance(value, torch.Tensor) else value
 

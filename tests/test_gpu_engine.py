@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
-from helpers import DTYPES, no_gpu
+from gpu_backends import backend_in_use  # noqa: F401
+from helpers import DTYPES
 from plan_errors import Reference, relative
 from unet_weights import randomised
 
-import ddpm_fast
-from ddpm_fast import NoiseSchedule, Sampler, UNet, UNetConfig, prepare, use_backend
+from ddpm_fast import NoiseSchedule, Sampler, UNet, UNetConfig, prepare
 
 pytestmark = pytest.mark.gpu
 
@@ -27,15 +27,6 @@ VARIANTS = {
     },
     "classes": {"num_classes": 10, "out_channels": 6},
 }
-
-
-@pytest.fixture(params=["cuda", "triton"], autouse=True)
-def on(request: pytest.FixtureRequest):
-    status = ddpm_fast.backends()[request.param]
-    if no_gpu() or not status.available:
-        pytest.skip(f"{request.param}: {status.detail}")
-    with use_backend(request.param):
-        yield request.param
 
 
 @pytest.fixture

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gpu_backends import backend_in_use  # noqa: F401
 from helpers import DTYPES
 from plan_errors import relative
-from test_gpu_engine import full_float32, on, unet  # noqa: F401
+from test_gpu_engine import full_float32, unet  # noqa: F401
 
 from ddpm_fast import prepare
 from ddpm_fast.engine import mixed_step

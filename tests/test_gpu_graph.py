@@ -10,12 +10,11 @@ import warnings
 
 import pytest
 import torch
-from helpers import no_gpu
+from gpu_backends import backend_in_use  # noqa: F401
 from unet2d_models import SMALL as THEIRS
 from unet2d_models import theirs_of
 from unet_weights import randomised
 
-import ddpm_fast
 from ddpm_fast import NoiseSchedule, Sampler, UNet, UNetConfig, use_backend
 from ddpm_fast.capture import rehearsal
 from ddpm_fast.capture.captured import CapturedStep
@@ -28,15 +27,6 @@ pytestmark = pytest.mark.gpu
 SCHEDULE = NoiseSchedule.linear()
 SHAPE = (4, 3, 16, 16)
 CONFIG = {"image_size": 16, "channels": (64, 128), "attention_resolutions": (8,)}
-
-
-@pytest.fixture(params=["cuda", "triton"], autouse=True)
-def on(request: pytest.FixtureRequest):
-    status = ddpm_fast.backends()[request.param]
-    if no_gpu() or not status.available:
-        pytest.skip(f"{request.param}: {status.detail}")
-    with use_backend(request.param):
-        yield request.param
 
 
 def unet(**options) -> UNet:

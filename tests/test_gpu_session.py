@@ -4,26 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import no_gpu
+from gpu_backends import backend_in_use  # noqa: F401
 from session_cases import SCHEDULE, SECONDS, SHAPE, Gated, alone, drawn, exact, maker, over
 from test_gpu_engine import full_float32, unet  # noqa: F401
 from unet_weights import gap
 
-import ddpm_fast
-from ddpm_fast import Sampler, use_backend
+from ddpm_fast import Sampler
 from ddpm_fast.sessions.flight import Flight, Flyer
 
 pytestmark = pytest.mark.gpu
 IMAGE = (3, 16, 16)
-
-
-@pytest.fixture(params=["cuda", "triton"], autouse=True)
-def on(request: pytest.FixtureRequest):
-    status = ddpm_fast.backends()[request.param]
-    if no_gpu() or not status.available:
-        pytest.skip(f"{request.param}: {status.detail}")
-    with use_backend(request.param):
-        yield request.param
 
 
 def on_gpu(model=exact, **arguments):
