@@ -108,7 +108,7 @@ def test_text_and_implementation_have_the_same_constants():
 
     text = constants(part("## Words")) | constants(part("## Normals"))
     assert len(text) == 25
-    assert text == constants(part("## An implementation"))
+    assert text | {"0xFFFFFFFF"} == constants(part("## An implementation"))  # 2^32 - 1, a mask
 
 
 def test_words_everywhere(page):
