@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Hashable, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..sampling import nan_error
-from . import conditioning
+from ..sampling import SampleStep, nan_error
+from . import conditioning, peeks
 from .group import Group
 from .lanes import Lane, Lanes
 
@@ -38,6 +39,7 @@ class Flyer:
         row: the next step.
         x: [C, …], its state before it joins; None: noise.
         given: the event behind which its arguments lie on a GPU.
+        peeks: of those who want to see its next step; who has a handle adds to them at any time.
     """
 
     seed: int
@@ -51,6 +53,7 @@ class Flyer:
     given: Any = None
     lane: Lane = field(init=False)
     signature: Hashable = field(init=False)  # of what it may share a batch with
+    peeks: deque[Future[SampleStep]] = field(init=False, default_factory=deque)
 
     def __post_init__(self) -> None:
         # Those who ask may change their containers afterwards
@@ -198,6 +201,7 @@ class Flight:
                 except Exception as error:  # no memory, say
                     landed += [Landed(flyer, error) for flyer in flyers]
                 group.leave(done)
+            peeks.show(group.seen, failed)
             self._forget_if_empty(kind)
         if self._lands_late:
             self._pace()

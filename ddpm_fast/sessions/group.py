@@ -13,7 +13,7 @@ from ..engine import mixed_step
 from ..ops.randn import randn
 from ..sampling import nan_error
 from ..stepping import NO_NAN, Stepper, backend_of
-from . import conditioning
+from . import conditioning, peeks
 
 if TYPE_CHECKING:
     from .flight import Flight, Flyer
@@ -41,6 +41,7 @@ class Group:
         self._batch: Batch | None = None
         self._left = 0  # steps of all that nobody lands before; 0 if it was not looked
         self._stepper = Stepper(flight.sampler, flight.lanes.table)
+        self.seen: peeks.Seen = {}  # at the last step, of those whose next step somebody wanted
 
     def join(self, flyers: Sequence[Flyer]) -> None:
         n, count = len(self.flyers), len(flyers)
@@ -110,6 +111,7 @@ class Group:
         """One step of each, and those that failed at it. Where a call of the model fails, each
         sample takes the step alone, so that one's mistake is not the others'."""
         failed: dict[int, Exception] = {}
+        self.seen = {}
         before = self._versions()
         try:
             if self._batch is None or self._batch.table is not self._lanes.table:
@@ -169,7 +171,8 @@ class Group:
             model, t = self._flight.sampler.model, self._lanes.told.index_select(0, batch.steps)
         else:
             model, t = _of_places, [(flyer.lane.plan, flyer.row) for flyer in batch.flyers]
-        self._stepper(
+        watched = peeks.asked(batch.flyers)
+        taken = self._stepper(
             batch.x,
             batch.steps,
             model,
@@ -181,10 +184,12 @@ class Group:
             guidance_scale=batch.scales,
             out=batch.x,
             out_lowp=batch.lowp,
-            return_x0=False,
+            return_x0=bool(watched),
             nan_step=self._nan_step,
             where="in a session's batch",
         )
+        if watched:
+            self.seen |= peeks.look(batch.flyers, watched, *taken)
         batch.steps.add_(1)
 
     def _versions(self) -> tuple[int, int]:

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from . import peeks
 from .threads import release_threads
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
+    from ..sampling import SampleStep
     from .book import Book
     from .flight import Flyer
 
@@ -32,9 +34,10 @@ class Handle(Future[Tensor]):
     Attributes:
         seed, sample_id: its noise's address.
         num_steps: of its trajectory.
+        last_t: the timestep that its last step leaves.
     """
 
-    def __init__(self, book: Book, flyer: Flyer, num_steps: int) -> None:
+    def __init__(self, book: Book, flyer: Flyer, num_steps: int, last_t: int) -> None:
         super().__init__()
         self.seed, self.sample_id, self.num_steps = flyer.seed, flyer.sample_id, num_steps
         self._book: Book | None = book  # until its result is taken, or it is given up
@@ -42,6 +45,7 @@ class Handle(Future[Tensor]):
         self._delivered = self._given_up = False  # it has an end, or is about to; by cancel
         self._asked = False  # for its result: who asks keeps it
         self._restored = False  # it was finished when it was saved
+        self.last_t, self._peeked = last_t, False
 
     @property
     def step(self) -> int:
@@ -57,6 +61,33 @@ class Handle(Future[Tensor]):
         """Gives the sample up, waiting or running; False if it is finished, or about to be."""
         book = self._book
         return book.cancel(self) if book is not None else self._given_up
+
+    def peek(self) -> Future[SampleStep]:
+        """The next step that begins, when it has been taken: to watch the sample being drawn.
+
+        Returns:
+            A future of its ``SampleStep``: the step's row and timestep, the state after it and its
+            clipped x̂₀, [C, …] float32 on the CPU, the caller's own. Of a finished sample, or one
+            that finishes before it is looked at, the last step, with the image as both. It has the
+            exception of a sample that fails, and is cancelled with one that is; cancelled itself,
+            it is forgotten. A step that is looked at writes x̂₀ as well, and on a GPU is waited for;
+            who does not look pays nothing. To be waited for outside the session's callbacks.
+
+        >>> sampler = Sampler(lambda x, t: 0 * x, NoiseSchedule.linear(), num_steps=4)
+        >>> with sampler.session([3, 8, 8], max_batch=8) as session:
+        ...     handle = session.submit(seed=7)
+        ...     step = handle.peek().result()
+        >>> step.step in range(4), step.x0.shape
+        (True, torch.Size([3, 8, 8]))
+        """
+        found: Future[SampleStep] = Future()
+        self._flyer.peeks.append(found)
+        if not self._peeked:
+            self._peeked = True
+            self.add_done_callback(peeks.end)
+        if self.done():  # whose callbacks may have run before it was there
+            peeks.end(self)
+        return found
 
     def result(self, timeout: float | None = None) -> Tensor:
         """The sample [C, …], float32 on the sampler's device; the same tensor at every call.

@@ -77,7 +77,7 @@ class Lanes:
         self._sampler, self._shape = sampler, list(shape)
         parameter = checked_parameter(sampler.model, stacklevel=5)
         self._lanes: dict[int | None, Lane] = {}
-        self._lengths: dict[int | None, int] = {}
+        self._ends: dict[int | None, tuple[int, int]] = {}
         # Whose weights all have that are made before the next look at the model
         self._current = lane = self._lanes[None] = self._lane(None)
         self._description: dict[str, str] | None = None
@@ -85,15 +85,17 @@ class Lanes:
         self.device, self.low_precision = device_of(sampler, lies), low_precision(lies)
         self._join()
 
-    def length(self, num_steps: int | None) -> int:
-        """Of the trajectory of so many steps; from any thread.
+    def ends(self, num_steps: int | None) -> tuple[int, int]:
+        """How many steps the trajectory of so many has, and the timestep that the last one leaves;
+        from any thread.
 
         Raises:
             ValueError: there is none.
         """
-        found = self._lengths.get(num_steps)
+        found = self._ends.get(num_steps)
         if found is None:
-            found = self._lengths[num_steps] = len(self._sampler.table_of(num_steps))
+            table = self._sampler.table_of(num_steps)
+            found = self._ends[num_steps] = len(table), int(table.timesteps[-1])
         return found
 
     def take(self, num_steps: int | None) -> Lane:

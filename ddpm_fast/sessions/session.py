@@ -133,7 +133,7 @@ class Session:
             None if scale is None else _finite(scale),
             given=self._settings.event(),
         )
-        handle = Handle(self._book, flyer, self._flight.lanes.length(flyer.num_steps))
+        handle = Handle(self._book, flyer, *self._flight.lanes.ends(flyer.num_steps))
         self._enter([handle], bounded=True)
         return handle
 
@@ -229,7 +229,7 @@ class Session:
         handles, unfinished = [], []
         for flyer in saved.load(folder, description):
             flyer.given = self._settings.event()
-            handle = Handle(self._book, flyer, self._flight.lanes.length(flyer.num_steps))
+            handle = Handle(self._book, flyer, *self._flight.lanes.ends(flyer.num_steps))
             handles.append(handle)
             if flyer.row < handle.num_steps:
                 unfinished.append(handle)
