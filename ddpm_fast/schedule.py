@@ -57,9 +57,11 @@ class NoiseSchedule:
         betas: [T] numbers in (0, 1]; 1 only as the last.
 
     Attributes:
-        betas, alphas, alphas_cumprod, alphas_cumprod_prev, one_minus_alphas_cumprod,
-        sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod, sqrt_recip_alphas_cumprod,
-        sqrt_recipm1_alphas_cumprod: Ho et al. 2020, eq. 4 and the text around it.
+        betas, alphas: β and α = 1 − β.
+        alphas_cumprod, alphas_cumprod_prev, one_minus_alphas_cumprod: ᾱ, Ho et al. 2020, eq. 4; the
+            ᾱ before it, 1 at t = 0; 1 − ᾱ, without cancellation.
+        sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod: √ᾱ and √(1−ᾱ).
+        sqrt_recip_alphas_cumprod, sqrt_recipm1_alphas_cumprod: √(1/ᾱ) and √(1/ᾱ − 1).
         posterior_mean_coef1 (of x_0), posterior_mean_coef2 (of x_t), posterior_variance: eq. 7.
         posterior_log_variance_clipped: its logarithm, where t = 0 takes t = 1's value.
         snr: alphas_cumprod / (1 - alphas_cumprod).

@@ -27,7 +27,8 @@ def accelerate(
     """The same pipeline, faster: its sampling, its losses and its bound on fused kernels.
 
     The pipeline is changed in place and returned. It computes what it computed, to rounding; where
-    it draws noise for itself, ``noise`` says which. docs/pipelines.md says what is replaced.
+    it draws noise for itself, ``noise`` says which. docs/pipelines.md says what is replaced. Where
+    an error is raised, the pipeline is as it was.
 
     Args:
         pipeline: diffusers' DDPMPipeline or DDIMPipeline; lucidrains' GaussianDiffusion; OpenAI's
@@ -49,7 +50,6 @@ def accelerate(
         TypeError: a pipeline, an option or a class that it does not know.
         ValueError: an argument out of its range.
         RuntimeError: a version of the library that it does not know.
-        In each case the pipeline is as it was.
     """
     source = NoiseSource(noise, seed, sample_ids)
     accelerated: _Pipeline = _module_of(pipeline).accelerate(pipeline, source, **options)

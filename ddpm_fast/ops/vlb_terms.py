@@ -118,11 +118,11 @@ def hybrid_loss(
     """w_s · L_simple + w_v · L_vlb of each sample, in one pass (Nichol & Dhariwal 2021, eq. 16).
 
     :func:`denoising_loss` and :func:`vlb_terms`, in whose gradient the mean is held fast, so that
-    the bound trains the variance alone.
+    the bound trains the variance alone. The other arguments are those of :func:`vlb_terms`;
+    ``variance`` is one that is learned.
 
     Args:
         simple_weights, vlb_weights: float32 [N]; 1 if None.
-        The others are those of :func:`vlb_terms`; ``variance`` is one that is learned.
 
     Returns:
         float32 [N]. Differentiable in model_output, once.
