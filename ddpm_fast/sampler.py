@@ -21,6 +21,7 @@ from .backends import Backend, require
 from .capture.graphs import Graphs
 from .engine import Plan
 from .model import Model
+from .ops.checks import finite
 from .ops.reverse_step import check_clip
 from .planning import Planner
 from .progress import bar
@@ -117,7 +118,7 @@ class Sampler:
             raise TypeError(f"schedule must be a NoiseSchedule; got {type(schedule).__name__}")
         check_clip(clip)
         if guidance_scale is not None:
-            _check_guidance_scale(guidance_scale)
+            guidance_scale = _checked_scale(guidance_scale)
         if denoised_fn is not None and not callable(denoised_fn):
             raise TypeError(f"denoised_fn must be callable; got {type(denoised_fn).__name__}")
         if dynamic_threshold is not None:
@@ -311,16 +312,14 @@ class Sampler:
         return self.schedule.step_table(num_steps=num_steps, **self._trajectory)
 
 
-def _check_guidance_scale(scale: float | Tensor) -> None:
-    if isinstance(scale, Tensor):
-        if scale.dtype != torch.float32 or scale.ndim > 1:
-            raise TypeError(
-                f"guidance_scale must be float32, 0-d or [N]; got {scale.dtype} {list(scale.shape)}"
-            )
-    elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"guidance_scale must be a number or a tensor; got {scale!r}")
-    elif not math.isfinite(scale):
-        raise ValueError(f"guidance_scale must be finite; got {scale}")
+def _checked_scale(scale: float | Tensor) -> float | Tensor:
+    if not isinstance(scale, Tensor):
+        return finite("guidance_scale", scale, "a number or a tensor")
+    if scale.dtype != torch.float32 or scale.ndim > 1:
+        raise TypeError(
+            f"guidance_scale must be float32, 0-d or [N]; got {scale.dtype} {list(scale.shape)}"
+        )
+    return scale
 
 
 def _model_timesteps(

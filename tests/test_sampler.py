@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import types
 import warnings
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 
@@ -119,6 +121,15 @@ def test_guidance_merges_two_outputs():
         SHAPE, seed=1, model_kwargs={"shift": shifts}, uncond_kwargs={"shift": 0 * shifts}
     )
     assert torch.equal(per_sample, found)
+
+
+@pytest.mark.parametrize(
+    "scale", [2, np.float32(2), np.float64(2), np.int64(2), Fraction(2)], ids=repr
+)
+def test_any_number_is_a_guidance_scale(scale):
+    arguments = {"model_kwargs": {"shift": torch.ones(4)}, "uncond_kwargs": {}}
+    found = sampler_of(guidance_scale=scale).sample(SHAPE, seed=1, **arguments)
+    assert torch.equal(found, sampler_of(guidance_scale=2.0).sample(SHAPE, seed=1, **arguments))
 
 
 def test_dynamic_threshold():

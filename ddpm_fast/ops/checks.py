@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -79,6 +80,23 @@ def as_int(name: str, value: object, stop: int) -> int:
         shown = f"2^{stop.bit_length() - 1} - 1" if stop in (MAX_INDEX, 1 << 64) else stop - 1
         raise ValueError(f"{name} must lie in 0 … {shown}; got {number}")
     return number  # type: ignore[return-value]
+
+
+def finite(name: str, value: object, accepted: str = "a number") -> float:
+    """A finite number; numpy's count.
+
+    Raises:
+        TypeError, ValueError: anything else.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be {accepted}; got {value!r}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite; got {number}")
+    return number
 
 
 def per_sample_int(name: str, tensor: Tensor, samples: int, device: torch.device) -> None:

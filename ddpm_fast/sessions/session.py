@@ -8,8 +8,6 @@ handle, in any thread or event loop.
 from __future__ import annotations
 
 import asyncio
-import math
-import numbers
 import os
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -19,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ..callers import warn_caller
-from ..ops.checks import as_int
+from ..ops.checks import as_int, finite
 from ..schedule import integer
 from . import saved
 from .book import Book, End
@@ -130,7 +128,7 @@ class Session:
             None if num_steps is None else _at_least("num_steps", num_steps, 1),
             dict(model_kwargs or {}),
             None if uncond_kwargs is None else dict(uncond_kwargs),
-            None if scale is None else _finite(scale),
+            None if scale is None else finite("guidance_scale", scale),
             given=self._settings.event(),
         )
         handle = Handle(self._book, flyer, *self._flight.lanes.ends(flyer.num_steps))
@@ -316,16 +314,4 @@ def _at_least(name: str, value: object, least: int) -> int:
     number = integer(name, value)
     if number < least:
         raise ValueError(f"{name} must be at least {least}; got {number}")
-    return number
-
-
-def _finite(scale: object) -> float:
-    if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
-        raise TypeError(f"guidance_scale must be a number; got {scale!r}")
-    try:
-        number = float(scale)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise ValueError(f"guidance_scale must be finite; got {number}")
     return number
