@@ -178,6 +178,11 @@ def test_what_is_there_is_kept(sources, convert, tmp_path):
     (tmp_path / "empty").mkdir()
     assert convert("theirs", to=tmp_path / "empty")[0] == 0
     assert names(tmp_path) == ["empty", "file", "out"]
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    line = fails(convert, "ours", "--to", "diffusers", "--overwrite", to=tmp_path / "vae")
+    assert "holds AutoencoderKL: it is not overwritten" in line
+    assert names(tmp_path / "vae") == ["config.json"]
 
 
 def test_pipelines_stay_whole(sources, convert, tmp_path):

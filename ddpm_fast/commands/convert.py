@@ -171,6 +171,20 @@ def _check_target(target: Path, overwrite: bool) -> None:
         raise FileExistsError(
             f"{target} holds what is no converted model, {others[0]}: it is not overwritten"
         )
+    kind = _class_name(target)
+    if kind not in (None, "UNet2DModel"):  # another component of a pipeline
+        raise FileExistsError(f"{target} holds {kind}: it is not overwritten")
+
+
+def _class_name(folder: Path) -> Any:
+    """What diffusers' config.json in it is of, if there is one that can be read."""
+    from ..nn.checkpoint import CONFIG, read_json
+
+    try:
+        found = read_json(folder / CONFIG)
+    except (OSError, ValueError):
+        return None
+    return found.get("_class_name") if isinstance(found, dict) else None
 
 
 def _load(arguments: argparse.Namespace, kind: str) -> tuple[UNet, str]:
