@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 
 from . import __version__
-from .commands import convert, demo, evaluate, info, sample, train
+from .commands import convert, demo, evaluate, info, sample, serve, train
 
-COMMANDS = (info, demo, train, sample, evaluate, convert)
+COMMANDS = (info, demo, train, sample, evaluate, serve, convert)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

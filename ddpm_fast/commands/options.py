@@ -43,7 +43,7 @@ def ema(text: str) -> float | Literal["first"] | None:
         raise argparse.ArgumentTypeError(f"must be a rate, or none; got {text!r}") from None
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
+def add_weight_options(parser: argparse.ArgumentParser) -> None:
     """Which weights, where, how precisely."""
     parser.add_argument(
         "checkpoint", type=Path, metavar="CHECKPOINT", help="a run's folder, or one of its steps"
@@ -55,8 +55,6 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="RATE|none",
         help="which average of the weights; none: the weights themselves (the config's first)",
     )
-    parser.add_argument("--seed", type=seed, default=0, help="of the noise (%(default)s)")
-    parser.add_argument("--batch-size", type=positive, default=64, help="(%(default)s)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, … (a GPU where there is one)")
     parser.add_argument(
         "--precision",
@@ -64,6 +62,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         default="fp32",
         help="of the model (%(default)s)",
     )
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """A model, and how much of it at a time."""
+    add_weight_options(parser)
+    parser.add_argument("--seed", type=seed, default=0, help="of the noise (%(default)s)")
+    parser.add_argument("--batch-size", type=positive, default=64, help="(%(default)s)")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
 

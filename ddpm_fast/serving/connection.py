@@ -1,0 +1,82 @@
+"""Connections that are cut when their client is too slow: uvicorn waits for a request's head, and
+for a reader, as long as they like."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from .limits import Limits
+
+MOST_HEAD_BYTES = 16384
+_SWEEP_SECONDS = 0.25
+_LATE = (
+    b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-type: application/json\r\n"
+    b"content-length: %d\r\n\r\n%s"
+)
+
+
+class Connection(H11Protocol):
+    """uvicorn's, that knows since when it waits for its client.
+
+    Attributes:
+        head_since: for a request's head; None: it has come, and is being answered.
+        stalled_since: for room in the socket's buffer; None: there is.
+    """
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if self.limit_concurrency and len(self.connections) > 2 * self.limit_concurrency:
+            transport.abort()  # from limit_concurrency on they are told so
+        self.head_since: float | None = time.monotonic()
+        self.stalled_since: float | None = None
+        self._begun = False  # a head that is not there yet
+
+    def data_received(self, data: bytes) -> None:
+        if self.head_since is not None and not self._begun:
+            self._begun, self.head_since = True, time.monotonic()
+        super().data_received(data)
+
+    def handle_events(self) -> None:
+        super().handle_events()
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.head_since, self._begun = None, False
+
+    def on_response_complete(self) -> None:
+        self.head_since, self._begun = time.monotonic(), bool(self.conn.trailing_data[0])
+        super().on_response_complete()
+
+    def pause_writing(self) -> None:
+        self.stalled_since = time.monotonic()
+        super().pause_writing()
+
+    def resume_writing(self) -> None:
+        self.stalled_since = None
+        super().resume_writing()
+
+    def look(self, limits: Limits, now: float) -> None:
+        """Cuts it if its client was waited for too long."""
+        if self.transport.is_closing():
+            if self.stalled_since is None:  # for what is still in the buffer
+                self.stalled_since = now
+        elif self.head_since is not None and now - self.head_since > limits.head_seconds:
+            if self._begun:
+                text = b'{"error": {"message": "the request was not there within %g s"}}'
+                text %= limits.head_seconds
+                self.transport.write(_LATE % (len(text), text))
+            self.transport.close()
+        if self.stalled_since is not None and now - self.stalled_since > limits.stall_seconds:
+            self.transport.abort()
+
+
+async def sweep(connections: set[Any], limits: Limits) -> None:
+    """Looks at all connections of a server, for ever."""
+    pause = min(_SWEEP_SECONDS, limits.head_seconds / 4, limits.stall_seconds / 4)
+    while True:
+        await asyncio.sleep(pause)
+        now = time.monotonic()
+        for connection in list(connections):
+            connection.look(limits, now)
