@@ -46,9 +46,13 @@ class Live(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises RequestError before anything is sent."""
-        with self._service.request(), self._service.drawings(self._asked.addresses) as drawings:
-            with contextlib.suppress(ClientGone):  # and what only this one wanted is given up
-                await unless_gone(receive, self._tell(send, drawings))
+        service = self._service
+        with (
+            contextlib.suppress(ClientGone),
+            service.request(),
+            service.drawings(self._asked.addresses) as drawings,
+        ):
+            await unless_gone(receive, self._tell(send, drawings))
 
     async def _tell(self, send: Send, drawings: Sequence[Drawing]) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}

@@ -149,10 +149,9 @@ def run(app: Starlette, listener: socket.socket, grace: float | None, quiet: boo
         signals.append(number)
         if len(signals) > 2:  # a step that does not end
             os._exit(KILLED + number)
-        if len(signals) == 1 and not quiet:
-            if count := server.service.requests:
-                what = f"{count} request{'s' * (count != 1)}"
-                print(f"finishing {what}; again gives up", file=sys.stderr, flush=True)
+        if len(signals) == 1 and not quiet and (count := server.service.requests):
+            what = f"{count} request{'s' * (count != 1)}"
+            print(f"finishing {what}; again gives up", file=sys.stderr, flush=True)
         server.stop()
 
     async def main() -> None:

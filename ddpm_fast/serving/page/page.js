@@ -36,7 +36,8 @@ async function begin() {
     $("class-field").hidden = false;
   }
   $("guidance_scale-field").hidden = !model.guidance.available;
-  const shown = Math.min(model.limits.images, model.classes ? Math.min(model.classes.length, 20) : 8);
+  const some = model.classes ? Math.min(model.classes.length, 20) : 8;
+  const shown = Math.min(model.limits.images, some);
   const asked = new URLSearchParams(location.search);
   const initial = {
     class: "",
@@ -58,8 +59,8 @@ async function look() {
   if (!document.hidden) {
     try {
       const { running, waiting } = await get("api/status");
-      const said = running + waiting ? `${running} drawn${waiting ? `, ${waiting} wait` : ""}` : "idle";
-      $("load").textContent = said;
+      const queue = waiting ? `, ${waiting} waiting` : "";
+      $("load").textContent = running + waiting ? `drawing ${running}${queue}` : "idle";
       $("load").className = "well";
     } catch {
       $("load").textContent = "no answer";
@@ -83,7 +84,8 @@ function asked() {
   if (model.classes && values.class !== "") request.class = Number(values.class);
   if (model.guidance.available) {
     const scale = values.guidance_scale.trim().replace(",", ".");
-    request.guidance_scale = scale === "" ? null : Number.isNaN(Number(scale)) ? scale : Number(scale);
+    const number = Number.isNaN(Number(scale)) ? scale : Number(scale); // the server says so
+    request.guidance_scale = scale === "" ? null : number;
   }
   return request;
 }
@@ -138,6 +140,8 @@ async function happened(event) {
     $("time").value = 1000;
     $("empty").hidden = true;
     $("bar").hidden = false;
+    // Below the form, where there is no room beside it
+    if ($("view").offsetTop > form.offsetTop) $("view").scrollIntoView();
   } else if (event.event === "frame") {
     await tiles.frame(event);
   } else if (event.event === "image") {
@@ -196,7 +200,8 @@ function slide() {
 $("steps-slider").addEventListener("input", () => {
   const value = Math.max(2, model.steps.most) ** ($("steps-slider").value / 100);
   const coarse = value < 20 ? 1 : value < 200 ? 5 : 50;
-  form.elements.steps.value = Math.min(model.steps.most, Math.max(1, Math.round(value / coarse) * coarse));
+  const rounded = Math.max(1, Math.round(value / coarse) * coarse);
+  form.elements.steps.value = Math.min(model.steps.most, rounded);
 });
 form.elements.steps.addEventListener("input", slide);
 

@@ -28,12 +28,11 @@ class Tile {
     if (told.guidance_scale !== undefined) described.push(`guidance ${told.guidance_scale}`);
     const name = told.class_name === undefined ? "" : ` · class ${told.class_name}`;
     this.name = `Image ${told.id}${name}`;
-    this.link = element("a", { textContent: "Open", href: told.url, target: "_blank" });
     this.copy = element("button", { type: "button", textContent: "Copy link" });
     this.copy.addEventListener("click", () => this.#copied());
     this.save = element("a", { textContent: "Save", title: "as PNG" });
     this.save.setAttribute("aria-disabled", "true");
-    for (const each of [this.link, this.copy, this.save]) {
+    for (const each of [this.copy, this.save]) {
       each.setAttribute("aria-label", `${each.textContent}: ${this.name}`);
     }
     this.element = element(
@@ -44,11 +43,10 @@ class Tile {
       element(
         "p",
         { className: "caption" },
-        element("b", { textContent: `${told.id}${name}` }),
-        element("br"),
+        element("a", { textContent: this.name, href: told.url, target: "_blank" }),
         element("span", { className: "address", textContent: described.join(" · ") }),
       ),
-      element("div", { className: "links" }, this.save, this.copy, this.link),
+      element("div", { className: "links" }, this.save, this.copy),
     );
     this.#say("waits");
   }
@@ -92,7 +90,8 @@ class Tile {
     const { steps } = this.told;
     const step = done ? steps : (this.frames[Math.min(k, this.frames.length - 1)]?.step ?? 0);
     this.progress.value = step;
-    this.element.classList.toggle("waiting", k < 0 && !done && !this.element.matches(".failed, .cancelled"));
+    const ended = done || this.element.matches(".failed, .cancelled");
+    this.element.classList.toggle("waiting", k < 0 && !ended);
     this.element.classList.toggle("done", done);
     this.#say(done ? "finished" : `step ${step} of ${steps}`);
   }
