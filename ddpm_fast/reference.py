@@ -286,7 +286,7 @@ def prior_kl(x0: Tensor, schedule: NoiseSchedule) -> Tensor:
 
 
 def _bits_per_dim(nats: Tensor) -> Tensor:
-    return nats.flatten(1).mean(1) / math.log(2)
+    return nats[:, None].flatten(1).mean(1) / math.log(2)
 
 
 def normal_kl(mean1: Tensor, logvar1: Tensor, mean2: Tensor, logvar2: Tensor) -> Tensor:
@@ -379,7 +379,7 @@ def denoising_target(
 
 def regression(target: Tensor, predicted: Tensor) -> Tensor:
     """The mean of (target − m)² over each sample's elements, [N]; of ε, L_simple [Ho, eq. 14]."""
-    return ((target - predicted) ** 2).flatten(1).mean(1)
+    return ((target - predicted) ** 2)[:, None].flatten(1).mean(1)
 
 
 def regression_gradient(target: Tensor, predicted: Tensor, weights: Tensor) -> Tensor:

@@ -148,7 +148,7 @@ def run_reverse_step(
 
 
 def _note_nan(result: Tensor, step: int, steps: Tensor | None, nan_step: Tensor) -> None:
-    held = result.flatten(1).isnan().any(1)
+    held = result[:, None].flatten(1).isnan().any(1)  # a sample may be a number
     rows = torch.full_like(held, step, dtype=torch.int32) if steps is None else steps.int()
     none = torch.iinfo(torch.int32).max
     first = torch.where(held, rows, none).amin() if held.numel() else none

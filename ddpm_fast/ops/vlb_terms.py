@@ -400,8 +400,8 @@ def _reference(
         for weights in (simple_weights, vlb_weights)
     )
     parts[SIMPLE] = 0
-    parts[VLB] = terms.nats.flatten(1).sum(1) * to_bits
-    parts[SQUARED_ERROR] = terms.squared_error.flatten(1).mean(1)
+    parts[VLB] = terms.nats[:, None].flatten(1).sum(1) * to_bits
+    parts[SQUARED_ERROR] = terms.squared_error[:, None].flatten(1).mean(1)
     total.copy_(w_vlb * parts[VLB])
     scale = (w_vlb * to_bits).reshape(-1, *[1] * (m.ndim - 1))
     by_m, by_v = scale * terms.by_m, scale * terms.by_v
