@@ -1,8 +1,7 @@
 """What the site has beside the pages in this folder, and what language each page is in.
 
 CONTRIBUTING.md and CHANGELOG.md stay where people look for them in a repository, and stand on the
-site as well. A page below ru/ is in Russian, with all that the theme adds to it; the page of the
-same name without ru/ is its original, and each is told of the other.
+site as well. A page below ru/ is in Russian, with all that the theme adds to it.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT_PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
-LANGUAGES = {"en": "English", "ru": "Русский"}
+TRANSLATED = ("ru",)  # folders of pages in another language than English
 LINK = re.compile(r"\[([^][]*)\]\((?!https?:|#)([^)#\s]+)(#[^)\s]*)?\)")
 REPOSITORY = Path(__file__).parent.parent.parent
 
@@ -49,32 +48,19 @@ def _from_root(found: re.Match[str]) -> str:
 def language(uri: str) -> str:
     """Of the page with this address below docs/."""
     first = uri.split("/")[0]
-    return first if first in LANGUAGES else "en"
+    return first if first in TRANSLATED else "en"
 
 
-def translations(uri: str, files: Files) -> dict[str, str]:
-    """The page's own address and those of its translations, by language, where it has any."""
-    own = language(uri)
-    bare = uri if own == "en" else uri.removeprefix(f"{own}/")
-    found = {code: bare if code == "en" else f"{code}/{bare}" for code in LANGUAGES}
-    found = {code: other for code, other in found.items() if files.get_file_from_path(other)}
-    return found if len(found) > 1 else {}
-
-
-def on_page_markdown(markdown: str, page: Page, files: Files, **kwargs: Any) -> str:
-    """MkDocs' hook: a page with translations names them below its title."""
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **kwargs: Any) -> str:
+    """MkDocs' hook: a link to a page in another language says which."""
     uri = page.file.src_uri
-    own = language(uri)
-    links = [
-        f"[{LANGUAGES[code]}]({posixpath.relpath(other, posixpath.dirname(uri) or '.')})"
-        f'{{ lang="{code}" hreflang="{code}" }}'
-        for code, other in translations(uri, files).items()
-        if code != own
-    ]
-    if not links:
-        return markdown
-    title, _, rest = markdown.partition("\n")
-    return f"{title}\n\n{' · '.join(links)}\n{{ .translations }}\n\n{rest}"
+
+    def marked(found: re.Match[str]) -> str:
+        target = posixpath.normpath(posixpath.join(posixpath.dirname(uri), found[2]))
+        other = language(target)
+        return found[0] + ("" if other == language(uri) else f'{{ hreflang="{other}" }}')
+
+    return LINK.sub(marked, markdown)
 
 
 def on_page_context(
@@ -82,15 +68,4 @@ def on_page_context(
 ) -> dict[str, Any]:
     """MkDocs' hook, before each page is put into the theme: the theme speaks its language."""
     config.theme["language"] = language(page.file.src_uri)
-    files: Files = config.extra["files_of_the_site"]
-    context["translations"] = {
-        code: files.get_file_from_path(uri).url  # type: ignore[union-attr]
-        for code, uri in translations(page.file.src_uri, files).items()
-    }
     return context
-
-
-def on_env(env: Any, config: MkDocsConfig, files: Files) -> Any:
-    """MkDocs' hook: all files are known."""
-    config.extra["files_of_the_site"] = files
-    return env
