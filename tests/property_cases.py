@@ -6,6 +6,7 @@ for long.
 
 from __future__ import annotations
 
+import itertools
 import os
 from typing import Any
 
@@ -57,14 +58,16 @@ def values(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
 
 @st.composite
 def tensors(
-    draw: st.DrawFn, shape: tuple[int, ...], dtype: torch.dtype, expanded: bool = True
+    draw: st.DrawFn, shape: tuple[int, ...], dtype: torch.dtype, bounded: bool = False
 ) -> Tensor:
     """Of any strides: in any order of dimensions, with gaps between elements (NaN, or 255), begun
-    anywhere in its memory, one element for a whole dimension."""
+    anywhere in its memory, one element for a whole dimension. bounded: in [-1, 1]."""
     tensor = values(shape, dtype, draw(st.integers(0, 99)))
+    if bounded:
+        tensor = tensor.clamp(-1, 1)
     dimensions = st.integers(0, len(shape) - 1)
     way = draw(st.sampled_from(["contiguous", "order", "channels_last", "gaps", "expanded", "all"]))
-    if way in ("expanded", "all") and expanded:
+    if way in ("expanded", "all"):
         wide = draw(dimensions)
         if shape[wide] > 0:
             tensor = tensor.narrow(wide, 0, 1)
@@ -153,6 +156,4 @@ def plain(value: Any) -> Any:
 def cut(samples: int) -> st.SearchStrategy[list[slice]]:
     """A batch in parts."""
     points = st.sets(st.integers(0, samples)).map(lambda found: sorted({0, samples, *found}))
-    return points.map(
-        lambda bounds: [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
-    )
+    return points.map(lambda bounds: [slice(a, b) for a, b in itertools.pairwise(bounds)])

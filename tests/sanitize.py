@@ -1,4 +1,4 @@
-"""The native code of the CPU under sanitizers: `make sanitize`. tests/test_sanitized.py runs a part.
+"""The CPU's native code under sanitizers: `make sanitize`; tests/test_sanitized.py runs a part.
 
     python tests/sanitize.py              everything that follows
     python tests/sanitize.py memory       random calls, without Python: AddressSanitizer (out of

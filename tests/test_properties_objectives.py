@@ -42,7 +42,7 @@ def calls(draw, op):
     output = draw(tensors(of_model, draw(st.sampled_from(FLOATS))))
     x0 = draw(tensors(shape, torch.uint8))
     if draw(st.booleans()):
-        x0 = draw(tensors(shape, draw(st.sampled_from(FLOATS))).map(lambda x: x.clamp_(-1, 1)))
+        x0 = draw(tensors(shape, draw(st.sampled_from(FLOATS)), bounded=True))
     steps = st.integers(0, len(SCHEDULE) - 1)
     t = draw(steps | integers_of(shape[0], steps))
     options = {"prediction": prediction, "variance": variance}
@@ -77,12 +77,12 @@ def as_contiguous(op, output, x0, t, given):
     )
 
 
-def close(found, expected, dtype):
-    """Of numbers of one sign and gradients of both."""
+def close(found, expected, dtype, tanh=False):
+    """Of numbers of one sign and gradients of both; tanh's float32 tail has few digits."""
     losses, gradient = found
     torch.testing.assert_close(losses, expected[0], rtol=1e-4, atol=1e-5)
     largest = expected[1].abs().max().item() if gradient.numel() else 0.0
-    eps = max(1e-4, 2 * torch.finfo(dtype).eps)
+    eps = max(5e-3 if tanh else 1e-4, 2 * torch.finfo(dtype).eps)
     torch.testing.assert_close(gradient, expected[1], rtol=eps, atol=eps * largest)
 
 
@@ -96,7 +96,8 @@ def check(call, data):
     # Sums go in memory order, which strides may change
     close((losses, gradient), contiguous, output.dtype)
     with use_backend("reference"):
-        close(contiguous, as_contiguous(*call), output.dtype)
+        tanh = op.keywords.get("cdf") == "tanh"
+        close(contiguous, as_contiguous(*call), output.dtype, tanh)
     samples = len(output)
     address = {name: given[name] for name in ("seed", "sample_ids", "stream", "index")}
     for part in data.draw(cut(samples)):

@@ -42,7 +42,7 @@ def tables(draw):
 
 
 @st.composite
-def calls(draw, expanded=True):
+def calls(draw):
     """Positional arguments, and the others."""
     table = draw(tables())
     doubled = table.model_variance != "none"
