@@ -16,8 +16,8 @@ HEAD = """\
 
 `ddpm-fast COMMAND --help` says the same; `python -m ddpm_fast.cli` is the same command. Where
 all went well the status is 0. It is 2 where the arguments, what they name or the packages that are
-installed do not fit, before anything is written; 1 where something failed under way; 130 and 143 after
-Ctrl-C and SIGTERM. One line on stderr says why.
+installed do not fit, before anything is written; 1 where something failed under way; 130 and 143
+after Ctrl-C and SIGTERM. One line on stderr says why.
 """
 
 

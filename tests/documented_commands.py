@@ -87,7 +87,7 @@ def _pip(arguments: Sequence[str]) -> None:
     options, requirements = create_command(arguments[0]).parse_args(list(arguments[1:]))
     for requirement in [*requirements, *getattr(options, "editables", [])]:
         path, _, extras = requirement.partition("[")
-        if path.startswith((".", "/")) or (ROOT / path).is_dir():
+        if path.startswith((".", "/")):
             names, known = set(extras.rstrip("]").split(",")) - {""}, requirement.startswith(".")
         elif path.endswith((".whl", ".tar.gz")):
             continue
@@ -107,7 +107,7 @@ def _make(arguments: Sequence[str]) -> None:
     for argument in arguments:
         name, given, _ = argument.partition("=")
         if given:
-            assert f"$({name})" in makefile or f"{name} ?=" in makefile, f"make knows no {name}"
+            assert re.search(rf"\$\({name}\)", makefile), f"make knows no {name}"
         else:
             assert argument in targets, f"make has no target {argument}"
 

@@ -56,7 +56,7 @@ def blocks(path: Path) -> Iterator[Block]:
                 (j for j in range(i + 1, len(lines)) if lines[j] == f"{indent}{marks}"), len(lines)
             )
             assert end < len(lines), f"{path.name}:{i + 1}: a block without an end"
-            code = textwrap.dedent("\n".join(lines[i + 1 : end])) + "\n"
+            code = "".join(f"{inner.removeprefix(indent)}\n" for inner in lines[i + 1 : end])
             language = info.strip().split(" ")[0].split("{")[0]
             yield Block(path, i + 1, language, section, lead.strip(), code)
             i = end + 1

@@ -16,7 +16,7 @@ import griffe
 DOCS = Path(__file__).parent.parent
 ROLE = re.compile(r":(?:class|func|meth|attr|mod|data):`~?([\w.]+)`")
 DOCUMENT = re.compile(r"(?<![\w/`(\[])docs/([\w/-]+\.md)")
-ATTRIBUTES = re.compile(r"^Attributes:\n(?P<entries>(?:    .*\n?|\n(?=    ))+)", re.M)
+LISTS = re.compile(r"^(?P<title>Attributes|Raises):\n(?P<entries>(?:    .*\n?|\n(?=    ))+)", re.M)
 ENTRY = re.compile(r"^(?P<names>\S[^:]*): (?P<text>.*(?:\n .*)*)", re.M)
 SIDE_BY_SIDE = re.compile(r"\](\s+)\[")  # a shape and a source, which are no link
 EXAMPLE = re.compile(r"^(?P<indent> *)>>> .*(?:\n(?!\s*(?:\n|$)).*)*", re.M)
@@ -24,16 +24,16 @@ EXAMPLE = re.compile(r"^(?P<indent> *)>>> .*(?:\n(?!\s*(?:\n|$)).*)*", re.M)
 
 def markdown(text: str, of: griffe.Object) -> str:
     """The docstring of an object as Markdown."""
-    text = ATTRIBUTES.sub(_attributes, text)
+    text = LISTS.sub(_list, text)
     text = ROLE.sub(lambda found: _reference(found[1], of), text)
     text = DOCUMENT.sub(_document, text)
     text = SIDE_BY_SIDE.sub(lambda found: f"]{found[1]}\\[", text)
     return EXAMPLE.sub(_block, text)
 
 
-def _attributes(found: re.Match[str]) -> str:
-    """A section whose entries may name several attributes, which Griffe's parser has no form for."""
-    lines = ["**Attributes:**", ""]
+def _list(found: re.Match[str]) -> str:
+    """A section whose entries may name several things, which Griffe's parser has no form for."""
+    lines = [f"**{found['title']}:**", ""]
     for entry in ENTRY.finditer(textwrap.dedent(found["entries"])):
         names = re.sub(r"(^|, )(\w+)", r"\1**`\2`**", entry["names"])
         lines.append(f"- {names} – {' '.join(entry['text'].split())}")

@@ -17,6 +17,7 @@ from latex2mathml.converter import convert
 MATHML = "http://www.w3.org/1998/Math/MathML"
 INLINE = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', re.S)
 BLOCK = re.compile(r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>', re.S)
+LONG, RELATIONS = 24, "=≤≥<>∼≈→"
 THIN_SPACE = {"width": "0.17em"}  # TeX's, after the name of a function
 Tree.register_namespace("", MATHML)
 
@@ -35,12 +36,25 @@ def mathml(latex: str, display: str) -> str:
     """One formula; its LaTeX stays with it, as the text that is read where MathML is not."""
     latex = " ".join(html.unescape(latex).split())
     root = Tree.fromstring(convert(latex, display=display))
-    root.set("alttext", latex)
     for row in _rows(root):
         _space(row)
         if display == "block":
             _put_limits_below(row)
-    return Tree.tostring(root, encoding="unicode")
+    parts = _parts(root) if display == "inline" and len(latex) > LONG else [root]
+    parts[0].set("alttext", latex)
+    return "<wbr>".join(Tree.tostring(part, encoding="unicode") for part in parts)
+
+
+def _parts(root: Tree.Element) -> list[Tree.Element]:
+    """A formula within a line, cut where the line may be broken: after its relations."""
+    (row,) = root
+    parts = [Tree.Element(root.tag, root.attrib)]
+    for child in list(row):
+        parts[-1].append(child)
+        if _name(child) == "mo" and child.text in RELATIONS and child is not row[-1]:
+            child.set("form", "infix")  # not what it would be at an end
+            parts.append(Tree.Element(root.tag, root.attrib))
+    return parts
 
 
 def _rows(root: Tree.Element) -> Iterator[Tree.Element]:
