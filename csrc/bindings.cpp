@@ -93,12 +93,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("winograd_conv2d", on_cpu(conv2d_params, cpu::winograd_conv2d));
   m.def("attention", on_cpu(attention_params, cpu::attention));
   m.attr("compiler") = DDPM_FAST_COMPILER;
-  m.attr("openmp") =
-#if defined(_OPENMP)
-      true;
-#else
-      false;
-#endif
+  m.attr("openmp") = cpu::has_threads();
 #if defined(DDPM_FAST_HAS_CUDA)
   py::module_ gpu = m.def_submodule("cuda", "the CUDA kernels");
   gpu.def("randn", on_cuda(randn_params, cuda::randn));

@@ -37,6 +37,9 @@ const char* isa();                     // "avx512", "avx2" or "portable"
 bool isa_supported(const char* name);  // built, and this processor has it
 void set_isa(const char* name);        // the caller has asked isa_supported
 
+// Whether parallel regions may have several threads: an OpenMP runtime is there.
+bool has_threads();
+
 // Ends the threads that OpenMP keeps for the calling one, which starts others when it next needs
 // some; whether it could.
 bool release_threads();
