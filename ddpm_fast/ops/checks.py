@@ -272,6 +272,8 @@ def is_eager(*tensors: Tensor | None) -> bool:
         or torch._C._are_functorch_transforms_active()
         or (tensors[0] is not None and tensors[0].is_meta)
     ):
+        if forward_ad._current_level >= 0 and not torch.compiler.is_compiling():
+            _refuse_tangents(tensors)
         return False
     for tensor in tensors:
         if tensor is not None and type(tensor) not in _PLAIN:
