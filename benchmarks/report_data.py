@@ -47,8 +47,9 @@ KERNELS = (
     "group_norm_silu",
 )
 PIPELINES = {"schedulers": "diffusers", "lucidrains": "lucidrains", "openai": "OpenAI"}
-# Candidates that are this package, too: no baselines.
-OUR_OWN = re.compile(r"ddpm_fast|our |torch's noise$|\+ |none$|sample$")
+# Candidates that are this package, too, and no baselines. Its reference draws the addressed noise
+# by hundreds of PyTorch's operations: nobody would use it for its speed.
+OUR_OWN = re.compile(r"ddpm_fast|reference|our |torch's noise$|\+ |none$|sample$")
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,9 @@ def by_stem(rows: Iterable[Row]) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = {}
     for row in rows:
         found.setdefault(stem_of(row), []).append(row)
-    return {stem: sorted(each, key=lambda row: row["elements"]) for stem, each in found.items()}
+    return {
+        stem: sorted(each, key=lambda row: row["elements"] or 0) for stem, each in found.items()
+    }
 
 
 def baselines(row: Row) -> dict[str, float]:
