@@ -211,3 +211,14 @@ def test_timesteps_are_shifted_as_said():
         assert getattr(schedule, name).shape == (10,)
     assert schedule.alphas_cumprod_prev[0] == 1
     assert schedule.alphas_cumprod[0] == schedule.alphas[0]
+
+
+@pytest.mark.parametrize("page", ["kernels", "limits", "noise", "theory"])
+def test_files_that_a_page_names_exist(page):
+    text = without_code((ROOT / "docs" / f"{page}.md").read_text())
+    folders = r"(?:csrc|kernels|ddpm_fast|tests|docs|benchmarks|ops|nn)/"
+    named = re.findall(rf"`({folders}[\w./*-]+\.\w+)`", text)
+    assert named
+    for path in named:
+        places = [ROOT, ROOT / "ddpm_fast"]
+        assert any(any(place.glob(path)) for place in places), path
