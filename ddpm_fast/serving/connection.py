@@ -11,7 +11,6 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .limits import Limits
 
-MOST_HEAD_BYTES = 16384
 _SWEEP_SECONDS = 0.25
 _LATE = (
     b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-type: application/json\r\n"

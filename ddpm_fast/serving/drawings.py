@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 
-from ..sessions import Handle, Session
+from ..sessions import Handle, Session, SessionClosed
 from .encoding import Picture, picture
 from .offer import Address, Offer
 
@@ -37,7 +37,13 @@ class Drawing:
 
 
 async def _drawn(offer: Offer, address: Address, handle: Handle, pool: Executor) -> Picture:
-    x = await handle
+    end = asyncio.wrap_future(handle)
+    await asyncio.wait([end])
+    error = None if end.cancelled() else end.exception()
+    if error is not None and not isinstance(error, Exception):
+        # SystemExit, say, has ended the session's thread; raised here it would end the server's
+        raise SessionClosed(f"an error ended the session: {error!r}") from error
+    x = end.result()
     return await asyncio.get_running_loop().run_in_executor(pool, picture, offer, address, x)
 
 

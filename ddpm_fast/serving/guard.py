@@ -16,6 +16,8 @@ from .service import Service
 
 _T = TypeVar("_T")
 
+MOST_HEAD_BYTES = 16384
+
 # The page's own: nothing from elsewhere, and nobody else's page around it
 _HEADERS = {
     "content-security-policy": "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; "
@@ -24,6 +26,7 @@ _HEADERS = {
     "referrer-policy": "no-referrer",
     "cross-origin-resource-policy": "same-origin",
 }
+_CLOSING = {"connection": "close"}
 _WHILE_DRAINING = ("/healthz", "/api/status")
 _DISCARDED, _DISCARD_SECONDS = 1 << 20, 1.0  # of a body too large, so that its sender hears why
 
@@ -62,6 +65,11 @@ class Guard:
 
     def _refusal(self, scope: Scope) -> RequestError | None:
         headers = Headers(scope=scope)
+        size = len(scope["path"]) + len(scope["query_string"])
+        if size + sum(len(name) + len(value) for name, value in headers.raw) > MOST_HEAD_BYTES:
+            return RequestError(
+                431, f"a request's head must have at most {MOST_HEAD_BYTES} bytes", headers=_CLOSING
+            )
         if self._hosts is not None and host_name(headers.get("host", "")) not in self._hosts:
             return RequestError(
                 421,
@@ -123,20 +131,19 @@ async def json_body(request: Request, most: int, seconds: float) -> bytes:
             body.extend(message.get("body", b""))
             more = message.get("more_body", False) and len(body) <= bound
 
-    closing = {"connection": "close"}
     too_large = declared.isdecimal() and int(declared) > most
     if not too_large:
         try:
             await asyncio.wait_for(read(most), seconds)
         except (asyncio.TimeoutError, TimeoutError):
             raise RequestError(
-                408, f"the body was not there within {seconds:g} s", headers=closing
+                408, f"the body was not there within {seconds:g} s", headers=_CLOSING
             ) from None
         too_large = len(body) > most
     if too_large:
         with contextlib.suppress(asyncio.TimeoutError, TimeoutError):
             await asyncio.wait_for(read(_DISCARDED), min(_DISCARD_SECONDS, seconds))
-        raise RequestError(413, f"the body must have at most {most} bytes", headers=closing)
+        raise RequestError(413, f"the body must have at most {most} bytes", headers=_CLOSING)
     return bytes(body)
 
 

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
-from .connection import MOST_HEAD_BYTES, Connection, sweep
+from .connection import Connection, sweep
+from .guard import MOST_HEAD_BYTES
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -110,8 +111,10 @@ class Server(uvicorn.Server):
                 self._sweeping.cancel()
             for connection in list(self.server_state.connections):
                 connection.transport.abort()
-            if self.force_exit:  # then uvicorn leaves the application out
-                await self.service.close()
+            if self.force_exit:  # then uvicorn leaves the application's end out
+                await self.lifespan.shutdown()
+            await asyncio.sleep(0)  # in which transports close their sockets
+            await asyncio.sleep(0)
 
 
 def listen(host: str, port: int) -> socket.socket:
