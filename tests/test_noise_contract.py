@@ -36,7 +36,7 @@ def part(heading: str) -> str:
 def rows(text: str, first: str) -> list[list[str]]:
     """The cells below the line of a table that begins with ``first``."""
     body = text[text.index(f"| {first} |") :].split("\n\n")[0].splitlines()[2:]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in body]
+    return [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in body]
 
 
 @pytest.fixture(scope="module")
