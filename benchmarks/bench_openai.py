@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from comparison import ours
+from correctness import agree, like_randn
 from openai_diffusion import peer
 from results import OURS
 
@@ -19,6 +20,7 @@ STEPS, KEPT = 1000, 250
 BPD_STEPS, BPD_ROUNDS = {16: 250, 128: 50}, 3  # of calc_bpd_loop, by batch
 CHOICES_SIZE = (16, 3, 32, 32)
 OF = peer("guided")
+VARIANCES = ["LEARNED_RANGE", pytest.param("FIXED_LARGE", marks=pytest.mark.full)]
 
 
 def diffusion_of(variance, loss="RESCALED_MSE", kept=KEPT):
@@ -44,7 +46,7 @@ def tensors(size, variance, device):
     return randn(size, seed=1, device=device), output
 
 
-@pytest.mark.parametrize("variance", ["LEARNED_RANGE", "FIXED_LARGE"])
+@pytest.mark.parametrize("variance", VARIANCES)
 @pytest.mark.parametrize("method", ["p_sample", "ddim_sample"])
 def bench_step(compare, size, method, variance, device):
     """One call with a timestep for each sample. "torch's noise" draws what the stock code draws."""
@@ -58,15 +60,25 @@ def bench_step(compare, size, method, variance, device):
         for diffusion in (stock, torch_noise):
             torch.manual_seed(0)
             results.append(getattr(diffusion, method)(few, x[:64], t[:64]))
-        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+        agree("torch's noise", *results[::-1], rtol=1e-4, atol=1e-4)
+        # ours draws other noise around the same mean, and as much of it
+        found = getattr(fast, method)(few, x[:64], t[:64])
+        agree(f"{OURS}, x0", found["pred_xstart"], results[0]["pred_xstart"], atol=1e-4)
+        if method == "p_sample":
+            sigma = stock.p_mean_variance(few, x[:64], t[:64])["variance"].sqrt().double()
+            difference = found["sample"].double() - results[0]["sample"].double()
+            like_randn(OURS, difference / (2**0.5 * sigma), 1e-3)
+        else:
+            agree(OURS, found, results[0], rtol=1e-4, atol=1e-4)
 
     candidates = ours(lambda: getattr(fast, method)(model, x, t), device)
     candidates["OpenAI"] = lambda: getattr(stock, method)(model, x, t)
     candidates["our kernel, torch's noise"] = lambda: getattr(torch_noise, method)(model, x, t)
     name = f"OpenAI {method} {variance.lower()}"
-    compare(name, x.numel(), 4 * (3 * x.numel() + output.numel()), candidates, check)
+    compare(name, x, 4 * (3 * x.numel() + output.numel()), candidates, check)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("choice", ["cond_fn", "denoised_fn", "gradients", "float64"])
 def bench_step_choices(compare, choice, device):
     """p_sample with a function of the user's own (which costs nothing, too), in float64, or as
@@ -98,16 +110,16 @@ def bench_step_choices(compare, choice, device):
         for diffusion in (stock, torch_noise):
             torch.manual_seed(0)
             results.append(step(diffusion))
-        torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
+        agree("torch's noise", *results[::-1], rtol=1e-3, atol=1e-4)
 
     candidates = ours(lambda: step(fast), device)
     candidates["OpenAI"] = lambda: step(stock)
     candidates["our kernel, torch's noise"] = lambda: step(torch_noise)
     nbytes = x.element_size() * (3 * x.numel() + output.numel())
-    compare(f"OpenAI p_sample {choice}", x.numel(), nbytes, candidates, check)
+    compare(f"OpenAI p_sample {choice}", x, nbytes, candidates, check)
 
 
-@pytest.mark.parametrize("variance", ["LEARNED_RANGE", "FIXED_LARGE"])
+@pytest.mark.parametrize("variance", VARIANCES)
 def bench_training_losses(compare, size, variance, device):
     """Noise, x_t, losses and the gradient of the model's output."""
     x0, output = tensors(size, variance, device)
@@ -125,16 +137,17 @@ def bench_training_losses(compare, size, variance, device):
     def check() -> None:
         noise = randn(x0[:64].shape, seed=3, device=device)
         found, expected = (step(diffusion, 64, noise) for diffusion in (fast, stock))
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+        agree(OURS, found, expected, rtol=1e-3, atol=1e-5)
 
     candidates = ours(lambda: step(fast), device)
     candidates["OpenAI"] = lambda: step(stock)
     nbytes = 4 * (2 * x0.numel() + 3 * output.numel())
     name = f"OpenAI training_losses {variance.lower()}"
-    compare(name, x0.numel(), nbytes, candidates, check)
+    compare(name, x0, nbytes, candidates, check)
 
 
-@pytest.mark.parametrize("variance", ["LEARNED_RANGE", "FIXED_LARGE"])
+@pytest.mark.full
+@pytest.mark.parametrize("variance", VARIANCES)
 @pytest.mark.parametrize("batch", list(BPD_STEPS))
 def bench_calc_bpd_loop(record, batch, variance, device):
     """Whole loops in turn: theirs takes seconds."""
@@ -148,7 +161,9 @@ def bench_calc_bpd_loop(record, batch, variance, device):
         torch.manual_seed(0)
         found = diffusion.calc_bpd_loop(model_of(output[:16]), x0[:16])
         results.append({k: v[:, :-1] for k, v in found.items() if v.ndim == 2})
-    torch.testing.assert_close(*results, rtol=1e-2, atol=1e-3)
+    name, state = f"OpenAI calc_bpd_loop {variance.lower()}", x0
+    with record.checking(name, state, steps):
+        agree(OURS, results[1], results[0], rtol=1e-2, atol=1e-3)
     accelerate(candidates[OURS])
 
     def seconds(diffusion):
@@ -158,4 +173,4 @@ def bench_calc_bpd_loop(record, batch, variance, device):
         return time.perf_counter() - begin
 
     rounds = [{name: seconds(d) for name, d in candidates.items()} for _ in range(BPD_ROUNDS)]
-    record(f"OpenAI calc_bpd_loop {variance.lower()}", steps * x0.numel(), rounds)
+    record(name, state, rounds, steps)

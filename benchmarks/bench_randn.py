@@ -2,34 +2,64 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from comparison import ours
+from comparison import COMPILED, REFERENCE, compiled, on_reference, ours
+from correctness import agree, like_randn
+from peers import Maybe, Missing, diffusers
 from results import OURS
 
 from ddpm_fast import randn
 
+FULL = pytest.mark.full
 
-def check(shape: tuple[int, ...], device: torch.device) -> None:
+
+def rule_of(shape: tuple[int, ...]) -> Callable[[str, Callable[[], torch.Tensor]], None]:
     """The bits of the CPU, of the first images; the moments of all."""
-    few = (min(shape[0], 64), *shape[1:])
-    assert torch.equal(randn(few, seed=1, device=device).cpu(), randn(few, seed=1))
-    z = randn(shape, seed=1, device=device)
-    assert abs(z.mean(dtype=torch.float64)) < 5 / z.numel() ** 0.5
-    assert abs(z.square().mean(dtype=torch.float64) - 1) < 5 * (2 / z.numel()) ** 0.5
+    few = min(shape[0], 64)
+    expected = randn((few, *shape[1:]), seed=1)
+
+    def rule(name: str, call: Callable[[], torch.Tensor]) -> None:
+        z = call()
+        if name.startswith(OURS) or name == "reference":
+            agree(name, z[:few], expected.to(z.dtype))
+        like_randn(name, z, 0.0 if z.dtype == torch.float32 else torch.finfo(z.dtype).eps)
+
+    return rule
+
+
+def from_diffusers(size: tuple[int, ...], device: torch.device) -> Maybe:
+    package = diffusers()
+    if isinstance(package, Missing):
+        return package
+    from diffusers.utils.torch_utils import randn_tensor
+
+    return lambda: randn_tensor(size, device=device)
 
 
 def bench_float32(compare, size, device):
-    elements = torch.Size(size).numel()
+    state = torch.empty(size, device="meta")
     candidates = ours(lambda: randn(size, seed=1, device=device), device)
     candidates["torch.randn"] = lambda: torch.randn(size, device=device)
-    compare("randn float32", elements, 4 * elements, candidates, lambda: check(size, device))
+    if size[0] in COMPILED[device.type]:
+        whole = compiled(lambda: torch.randn(size, device=device), device.type)
+        candidates["torch.compile"] = whole
+    candidates["diffusers"] = from_diffusers(size, device)
+    if size[0] <= REFERENCE[device.type]:
+        candidates["reference"] = on_reference(candidates[OURS])
+    compare("randn float32", state, 4 * state.numel(), candidates, rule=rule_of(size))
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("layout", ["contiguous", pytest.param("channels_last", marks=FULL)])
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(torch.float32, marks=FULL), torch.bfloat16],
+    ids=["float32", "bfloat16"],
+)
 def bench_layouts(compare, large_size, dtype, layout, device):
-    elements = torch.Size(large_size).numel()
+    state = torch.empty(large_size, device="meta", dtype=dtype)
     format_ = torch.channels_last if layout == "channels_last" else torch.contiguous_format
     kwargs = {"dtype": dtype, "device": device}
     candidates = {
@@ -37,5 +67,4 @@ def bench_layouts(compare, large_size, dtype, layout, device):
         "torch.randn": lambda: torch.randn(large_size, **kwargs),
     }
     name = f"randn {str(dtype).removeprefix('torch.')} {layout}"
-    nbytes = dtype.itemsize * elements
-    compare(name, elements, nbytes, candidates, lambda: check(large_size, device))
+    compare(name, state, state.nbytes, candidates, rule=rule_of(large_size))

@@ -13,8 +13,11 @@ from typing import Any
 import pytest
 import torch
 import torch._inductor.config
-from comparison import compiled
+from bench_sample import flops_of
+from comparison import compiled, short_of_memory, why_not_compiled
+from correctness import within
 from eager import EagerStep
+from peers import Maybe, Missing, diffusers
 from results import OURS
 from torch import Tensor, nn
 
@@ -39,18 +42,21 @@ ORDER = (
 )
 
 
+pytestmark = pytest.mark.full  # --quick takes the end-to-end loop of a smaller network
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """count: of images, one a batch; with --quick the first alone."""
+    """count: of images, one a batch."""
     if "count" in metafunc.fixturenames:
-        batches = BATCHES[metafunc.config.getoption("--device")]
-        metafunc.parametrize(
-            "count", batches[:1] if metafunc.config.getoption("--quick") else batches
-        )
+        metafunc.parametrize("count", BATCHES[metafunc.config.getoption("--device")])
 
 
 @pytest.fixture(scope="module")
 def model(device: torch.device) -> UNet:
     """With weights whose outputs, and whose norms, are as large as trained ones'."""
+    why = short_of_memory(device, 6_000_000_000)
+    if why:
+        pytest.skip(f"{why}: the network of google/ddpm-cifar10-32")
     generator = torch.Generator().manual_seed(0)
     unet = UNet(UNetConfig()).eval()
     with torch.no_grad():
@@ -91,6 +97,14 @@ def error(function: Callable[..., Tensor], exact: list[tuple[Tensor, Tensor, Ten
         return max(((function(x, t) - y).norm() / y.norm()).item() for x, t, y in exact)
 
 
+def resized(
+    exact: list[tuple[Tensor, Tensor, Tensor]], count: int
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """In batches of ``count``, which is what a peer's network may have been compiled for."""
+    which = torch.arange(count) % 2
+    return [(x[which], t[which], y[which]) for x, t, y in exact]
+
+
 class OurSteps:
     """Steps of a Sampler, trajectory after trajectory."""
 
@@ -118,48 +132,56 @@ class PeerSteps:
         self.x = torch.randn(count, 3, 32, 32).to(device, like.dtype, memory_format=self.format)
         self.timesteps = torch.arange(len(SCHEDULE) - 1, 0, -1, device=device).tolist()
         self.row = 0
-        try:
-            from diffusers import DDPMScheduler
-        except ImportError:
+        package = diffusers()
+        if isinstance(package, Missing):
             eager = EagerStep(SCHEDULE, device, like.dtype)
             self.step = lambda eps, t, x: eager(x, eps, torch.full((count,), t, device=device))
         else:
-            scheduler = DDPMScheduler(variance_type="fixed_large")
+            scheduler = package.DDPMScheduler(variance_type="fixed_large")
             self.step = lambda eps, t, x: scheduler.step(eps, t, x).prev_sample
+
+    def network(self, x: Tensor, t: Tensor) -> Tensor:
+        output = self.module(x.contiguous(memory_format=self.format), t)
+        return getattr(output, "sample", output)
 
     def __call__(self) -> None:
         t = self.timesteps[self.row]
         self.row = (self.row + 1) % len(self.timesteps)
-        eps = self.module(self.x, torch.full((len(self.x),), t, device=self.x.device))
-        eps = getattr(eps, "sample", eps)
+        eps = self.network(self.x, torch.full((len(self.x),), t, device=self.x.device))
         self.x = self.step(eps, t, self.x).contiguous(memory_format=self.format)
 
 
-def peers(model: UNet, count: int, quick: bool) -> dict[str, Callable[[], None]]:
+def peers(model: UNet, count: int, quick: bool = False) -> dict[str, PeerSteps | Missing]:
     """diffusers' network, or where it is not installed, the same of this package as it stands: in
     both layouts, eager and compiled."""
-    try:
-        theirs, name = model.to_diffusers(), "diffusers"
-    except ImportError:
-        theirs, name = copy.deepcopy(model), "eager"
+    missing = isinstance(diffusers(), Missing)
+    theirs = copy.deepcopy(model) if missing else model.to_diffusers()
+    name = "eager" if missing else "diffusers"
     last = copy.deepcopy(theirs).to(memory_format=torch.channels_last)
-    found: dict[str, Callable[[], None]] = {
+    found: dict[str, PeerSteps | Missing] = {
         name: PeerSteps(theirs, model, count, False),
         f"{name}, channels_last": PeerSteps(last, model, count, True),
     }
+    if missing:
+        found["diffusers"] = diffusers()
     on_gpu = model.conv_in.weight.is_cuda
     if not quick and not on_gpu:
-        found["torch.compile"] = PeerSteps(compile_(theirs), model, count, False)
+        found["torch.compile"] = stepping(compile_(theirs), model, count, False)
     if not quick or on_gpu:
-        found["torch.compile, channels_last"] = PeerSteps(compile_(last), model, count, True)
+        found["torch.compile, channels_last"] = stepping(compile_(last), model, count, True)
     return found
 
 
-def compile_(module: nn.Module) -> Callable[..., Any]:
+def stepping(whole: Maybe, model: UNet, count: int, channels_last: bool) -> PeerSteps | Missing:
+    return whole if isinstance(whole, Missing) else PeerSteps(whole, model, count, channels_last)
+
+
+def compile_(module: nn.Module) -> Maybe:
     """As fast as PyTorch makes it: on a GPU by trying everything, on a CPU with frozen weights."""
     if next(module.parameters()).device.type == "cpu":
         return compiled(module)
-    return torch.compile(module, mode="max-autotune", dynamic=False)
+    why = why_not_compiled("cuda")
+    return Missing(why) if why else torch.compile(module, mode="max-autotune", dynamic=False)
 
 
 def in_turn(
@@ -191,28 +213,30 @@ def in_turn(
     return rounds
 
 
-def bench_step(record, model, exact, device, count, request):
-    quick = request.config.getoption("--quick")
+def bench_step(record, model, exact, device, count):
     eager = eager_error(model, exact)
+    allowed, least = 2 * eager["eager"], 2 * max(eager.values())
+    state = torch.empty(count, 3, 32, 32, device="meta", dtype=model.dtype)
+    case = f"sampling step, batch {count}"
     plans = {OURS: prepare(model), f"{OURS}, exact": prepare(model, without=["winograd"])}
     errors = {name: error(plan, exact) for name, plan in plans.items()}
-    assert max(errors.values()) <= 2 * eager["eager"]
-    candidates: dict[str, Callable[[], None]] = {
+    candidates: dict[str, Any] = {
         name: OurSteps(model, count, plan=plan) for name, plan in plans.items()
     }
-    candidates |= peers(model, count, quick)
     with torch._inductor.config.patch(freezing=device.type == "cpu"):
-        rounds = in_turn(candidates, device, 5.0 if quick else 30.0, max(8 // count, 1))
-    record(
-        f"sampling step, batch {count}",
-        3072 * count,
-        rounds,
-        relative_error=errors | eager,
-    )
+        others = record.running(peers(model, count))
+        with record.checking(case, state):
+            for name, found in errors.items():
+                within(name, found, allowed)
+            for name, peer in others.items():
+                within(name, error(peer.network, resized(exact, count)), least)
+        rounds = in_turn(candidates | others, device, 20.0, max(8 // count, 1))
+    flops = flops_of(model, (count, 3, 32, 32))
+    record(case, state, rounds, flops=flops, relative_error=errors | eager)
 
 
 @pytest.mark.parametrize("images", [1, 8])
-def bench_rewrites(record, model, exact, device, images, request):
+def bench_rewrites(record, model, exact, device, images):
     """From none to all, each beside those before it."""
     assert set(ORDER) == set(REWRITES)
     plans = {"none": prepare(model, rewrites=())}
@@ -223,14 +247,17 @@ def bench_rewrites(record, model, exact, device, images, request):
     plans[OURS] = prepare(model)
     errors = {name: error(plan, exact) for name, plan in plans.items()}
     eager = eager_error(model, exact)
-    assert errors[OURS] <= 2 * eager["eager"]
-    assert max(errors.values()) <= 2 * max(eager.values())
+    state = torch.empty(images, 3, 32, 32, device="meta", dtype=model.dtype)
+    case = f"rewrites, batch {images}"
+    with record.checking(case, state, op="rewrites"):
+        within(OURS, errors[OURS], 2 * eager["eager"])
+        within("rewrites", max(errors.values()), 2 * max(eager.values()))
     candidates: dict[str, Callable[[], None]] = {
         name: OurSteps(model, images, plan=plan) for name, plan in plans.items()
     }
     candidates["eager"] = OurSteps(model, images, plan="off")
-    seconds = 5.0 if request.config.getoption("--quick") else 20.0
-    rounds = in_turn(candidates, device, seconds, max(8 // images, 1))
-    record(f"rewrites, batch {images}", 3072 * images, rounds, relative_error=errors | eager)
+    rounds = in_turn(candidates, device, 15.0, max(8 // images, 1))
+    flops = flops_of(model, (images, 3, 32, 32))
+    record(case, state, rounds, op="rewrites", flops=flops, relative_error=errors | eager)
     del plans, candidates
     gc.collect()

@@ -8,38 +8,49 @@ from typing import Any
 
 import pytest
 import torch
+from correctness import agree
+from peers import Missing, diffusers
+from results import OURS
 
-diffusers = pytest.importorskip("diffusers")
+from ddpm_fast import randn
 
-from diffusers import DDIMScheduler, DDPMScheduler  # noqa: E402
-from results import OURS  # noqa: E402
+FULL = pytest.mark.full
+METHODS = ["DDPM", "DDIM"]
+SMALL, MIDDLE, LARGE = (1, 3, 32, 32), (16, 3, 32, 32), (16, 3, 256, 256)
 
-from ddpm_fast import randn  # noqa: E402
-from ddpm_fast.integrations.diffusers.schedulers import (  # noqa: E402
-    FastDDIMScheduler,
-    FastDDPMScheduler,
-)
 
-FAST = {DDPMScheduler: FastDDPMScheduler, DDIMScheduler: FastDDIMScheduler}
-SHAPES = [(1, 3, 32, 32), (16, 3, 32, 32), (16, 3, 256, 256)]
-SMALL, MIDDLE = SHAPES[:2]
+Classes = dict[str, dict[str, Any]]
 
 # Where the stock code may be hard to beat: most of the time is torch's own, in both.
-CONFIGS: dict[str, tuple[type, dict[str, Any], dict[str, Any], torch.dtype]] = {
-    "ddpm threshold": (DDPMScheduler, {"thresholding": True}, {}, torch.float32),
-    "ddim threshold": (DDIMScheduler, {"thresholding": True}, {}, torch.float32),
-    "ddpm learned_range": (DDPMScheduler, {"variance_type": "learned_range"}, {}, torch.float32),
-    "ddpm learned": (DDPMScheduler, {"variance_type": "learned"}, {}, torch.float32),
-    "ddpm v": (DDPMScheduler, {"prediction_type": "v_prediction"}, {}, torch.float32),
-    "ddpm no clip": (DDPMScheduler, {"clip_sample": False}, {}, torch.float32),
-    "ddim eta": (DDIMScheduler, {}, {"eta": 1.0}, torch.float32),
-    "ddim clipped": (DDIMScheduler, {}, {"use_clipped_model_output": True}, torch.float32),
-    "ddpm float64": (DDPMScheduler, {}, {}, torch.float64),
-    "ddim float64": (DDIMScheduler, {}, {}, torch.float64),
-    "ddpm bfloat16": (DDPMScheduler, {}, {}, torch.bfloat16),
-    "ddim bfloat16": (DDIMScheduler, {}, {}, torch.bfloat16),
-    "ddpm float16": (DDPMScheduler, {}, {}, torch.float16),
+CONFIGS: dict[str, tuple[str, dict[str, Any], dict[str, Any], torch.dtype]] = {
+    "ddpm threshold": ("DDPM", {"thresholding": True}, {}, torch.float32),
+    "ddim threshold": ("DDIM", {"thresholding": True}, {}, torch.float32),
+    "ddpm learned_range": ("DDPM", {"variance_type": "learned_range"}, {}, torch.float32),
+    "ddpm learned": ("DDPM", {"variance_type": "learned"}, {}, torch.float32),
+    "ddpm v": ("DDPM", {"prediction_type": "v_prediction"}, {}, torch.float32),
+    "ddpm no clip": ("DDPM", {"clip_sample": False}, {}, torch.float32),
+    "ddim eta": ("DDIM", {}, {"eta": 1.0}, torch.float32),
+    "ddim clipped": ("DDIM", {}, {"use_clipped_model_output": True}, torch.float32),
+    "ddpm float64": ("DDPM", {}, {}, torch.float64),
+    "ddim float64": ("DDIM", {}, {}, torch.float64),
+    "ddpm bfloat16": ("DDPM", {}, {}, torch.bfloat16),
+    "ddim bfloat16": ("DDIM", {}, {}, torch.bfloat16),
+    "ddpm float16": ("DDPM", {}, {}, torch.float16),
 }
+
+
+@pytest.fixture(scope="module")
+def classes() -> Classes:
+    """Of each method: the fast scheduler, and the stock one."""
+    package = diffusers()
+    if isinstance(package, Missing):
+        pytest.skip(package.why)
+    from ddpm_fast.integrations.diffusers.schedulers import FastDDIMScheduler, FastDDPMScheduler
+
+    return {
+        "DDPM": {OURS: FastDDPMScheduler, "diffusers": package.DDPMScheduler},
+        "DDIM": {OURS: FastDDIMScheduler, "diffusers": package.DDIMScheduler},
+    }
 
 
 def stepping(
@@ -54,14 +65,14 @@ def compare_steps(
     compare: Any,
     device: torch.device,
     case: str,
-    stock: type,
+    classes: dict[str, Any],
     config: dict[str, Any],
     more: dict[str, Any],
     shape: tuple[int, ...],
     dtype: torch.dtype,
     with_generator: bool,
 ) -> None:
-    schedulers = {OURS: FAST[stock](**config), "diffusers": stock(**config)}
+    schedulers = {name: scheduler(**config) for name, scheduler in classes.items()}
     doubled = str(config.get("variance_type", "")).startswith("learned")
     x = randn(shape, seed=1, device=device).to(dtype)
     m = randn((shape[0], (1 + doubled) * shape[1], *shape[2:]), seed=2, device=device).to(dtype)
@@ -79,29 +90,35 @@ def compare_steps(
         ]
         scale = max(1.0, both[1].abs().max().item())
         tolerance = 4 * torch.finfo(min(dtype, torch.float32, key=lambda d: d.itemsize)).eps
-        assert (both[0].double() - both[1].double()).abs().max() < tolerance * scale * 4
+        agree(OURS, *both, atol=4 * tolerance * scale)
 
     element = 4 if dtype == torch.float32 else dtype.itemsize
     moved = (3 * element + 4) * x.numel()
-    compare(case, x.numel(), moved, candidates, check)
+    compare(case, x, moved, candidates, check, seconds=1.0)
 
 
-@pytest.mark.parametrize("with_generator", [False, True], ids=["", "generator"])
-@pytest.mark.parametrize("stock", FAST, ids=["ddpm", "ddim"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def bench_step(compare, device, shape, stock, with_generator):
-    name = "ddpm" if stock is DDPMScheduler else "ddim"
-    case = f"scheduler {name}{' generator' if with_generator else ''}"
-    compare_steps(compare, device, case, stock, {}, {}, shape, torch.float32, with_generator)
+@pytest.mark.parametrize(
+    "with_generator", [False, pytest.param(True, marks=FULL)], ids=["", "generator"]
+)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "shape", [MIDDLE, *(pytest.param(shape, marks=FULL) for shape in (SMALL, LARGE))], ids=str
+)
+def bench_step(compare, device, classes, shape, method, with_generator):
+    case = f"scheduler {method.lower()}{' generator' if with_generator else ''}"
+    compare_steps(
+        compare, device, case, classes[method], {}, {}, shape, torch.float32, with_generator
+    )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("shape", [SMALL, MIDDLE], ids=str)
 @pytest.mark.parametrize("config", CONFIGS)
-def bench_configurations(compare, device, config, shape):
+def bench_configurations(compare, device, classes, config, shape):
     """No slower than the stock step in any of them."""
-    stock, settings, more, dtype = CONFIGS[config]
+    method, settings, more, dtype = CONFIGS[config]
     compare_steps(
-        compare, device, f"scheduler {config}", stock, settings, more, shape, dtype, False
+        compare, device, f"scheduler {config}", classes[method], settings, more, shape, dtype, False
     )
 
 
@@ -113,12 +130,13 @@ def whole(scheduler: Any, num_steps: int, x: torch.Tensor, m: torch.Tensor) -> t
     return x
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("num_steps", [1, 4, 10])
-@pytest.mark.parametrize("stock", FAST, ids=["ddpm", "ddim"])
-def bench_short_trajectories(compare, device, stock, num_steps):
+@pytest.mark.parametrize("method", METHODS)
+def bench_short_trajectories(compare, device, classes, method, num_steps):
     """Where what a list of timesteps costs is not spread over many steps."""
     x, m = (randn(SMALL, seed=seed, device=device) for seed in (1, 2))
-    schedulers = {OURS: FAST[stock](), "diffusers": stock()}
+    schedulers = {name: scheduler() for name, scheduler in classes[method].items()}
     schedulers[OURS].set_noise("torch")
     candidates = {
         name: lambda scheduler=scheduler: whole(scheduler, num_steps, x, m)
@@ -130,28 +148,25 @@ def bench_short_trajectories(compare, device, stock, num_steps):
         for scheduler in schedulers.values():
             torch.manual_seed(3)
             both.append(whole(scheduler, num_steps, x, m))
-        assert (both[0] - both[1]).abs().max() < 1e-4
+        agree(OURS, *both, atol=1e-4)
         schedulers[OURS].set_noise()
 
-    name = "ddpm" if stock is DDPMScheduler else "ddim"
     moved = 16 * num_steps * x.numel()
-    case = f"scheduler {name} trajectory of {num_steps}"
-    compare(case, num_steps * x.numel(), moved, candidates, check)
+    case = f"scheduler {method.lower()} trajectory of {num_steps}"
+    compare(case, x, moved, candidates, check, seconds=1.0, steps=num_steps)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("shape", [SMALL, MIDDLE], ids=str)
 @pytest.mark.parametrize("method", ["add_noise", "get_velocity"])
-def bench_forward_process(compare, device, method, shape):
+def bench_forward_process(compare, device, classes, method, shape):
     x, eps = (randn(shape, seed=seed, device=device) for seed in (1, 2))
     t = torch.arange(shape[0], device=device) * 50
-    methods = {
-        OURS: getattr(FastDDPMScheduler(), method),
-        "diffusers": getattr(DDPMScheduler(), method),
-    }
+    methods = {name: getattr(each(), method) for name, each in classes["DDPM"].items()}
     candidates = {name: lambda call=call: call(x, eps, t) for name, call in methods.items()}
 
     def check() -> None:
         ours, theirs = (call(x, eps, t) for call in methods.values())
-        assert (ours - theirs).abs().max() < 1e-5
+        agree(OURS, ours, theirs, atol=1e-5)
 
-    compare(f"scheduler {method}", x.numel(), 12 * x.numel(), candidates, check)
+    compare(f"scheduler {method}", x, 12 * x.numel(), candidates, check, seconds=1.0)

@@ -14,13 +14,16 @@ from typing import Any
 
 import pytest
 import torch
+from correctness import agree
 from results import OURS
 from torch import Tensor
 
 from ddpm_fast import Sampler, UNet
 from ddpm_fast.training.presets import completed, preset
 
+FULL = pytest.mark.full
 SHAPE = [1, 8, 8]
+SAMPLE = torch.empty(1, *SHAPE, device="meta")
 MAX_BATCH = 32
 STEPS = {"of 10 to 100 steps": (10, 20, 50, 100), "of 50 steps": (50,)}
 LOADS = (0.4, 0.8)  # of what full batches could do
@@ -192,28 +195,23 @@ def capacity(sampler: Sampler, steps: tuple[int, ...]) -> float:
     return MAX_BATCH / (statistics.median(times) * statistics.mean(steps))
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """load: of what full batches could do; with --quick the last."""
-    if "load" in metafunc.fixturenames:
-        quick = metafunc.config.getoption("--quick")
-        metafunc.parametrize("load", LOADS[1:] if quick else LOADS)
-
-
+@pytest.mark.full
 @pytest.mark.parametrize("kind", STEPS)
-def bench_arrivals(record, sampler, full, kind, load, request):
-    quick = request.config.getoption("--quick")
+@pytest.mark.parametrize("load", LOADS)
+def bench_arrivals(record, sampler, full, kind, load):
     rate = load * full[kind]
-    count = max(int(rate * (4.0 if quick else 8.0)), 20)
+    count = max(int(rate * 8.0), 20)
     asked = arrivals(rate, count, STEPS[kind], seed=int(100 * load))
     rounds: dict[str, list[Served]] = {OURS: [], BATCH: []}
-    for _ in range(1 if quick else 3):
+    for _ in range(3):
         for name, server in ((OURS, InFlight), (BATCH, BatchAtATime)):
             rounds[name].append(served(server(sampler), asked))
-    for a, b in zip(rounds[OURS][0].images, rounds[BATCH][0].images, strict=True):
-        assert (a - b).abs().max() < DEVIATION  # the same samples
+    case = f"samples {kind}, load {load:.0%}, median latency"
+    with record.checking(case, SAMPLE):  # the same samples
+        agree("samples", rounds[OURS][0].images, rounds[BATCH][0].images, atol=DEVIATION)
     record(
-        f"samples {kind}, load {load:.0%}, median latency",
-        64,
+        case,
+        SAMPLE,
         [
             {name: each.latency(0.5) for name, each in zip(rounds, pair, strict=True)}
             for pair in zip(*rounds.values(), strict=True)
@@ -230,8 +228,8 @@ def bench_arrivals(record, sampler, full, kind, load, request):
     )
 
 
-@pytest.mark.parametrize("count", [1, 8, 32])
-def bench_overhead(record, sampler, device, count, request):
+@pytest.mark.parametrize("count", [pytest.param(1, marks=FULL), 8, pytest.param(32, marks=FULL)])
+def bench_overhead(record, sampler, device, count, quick):
     """A step of ``count`` samples at a time: of a session's, all of whose costs it bears, and of
     ``sample``'s."""
     labels = [classes([i], device) for i in range(count)]
@@ -245,9 +243,12 @@ def bench_overhead(record, sampler, device, count, request):
     def alone() -> Tensor:
         return sampler.sample([count, *SHAPE], model_kwargs=together)
 
-    assert (in_session() - alone()).abs().max() < DEVIATION
+    state = torch.empty(count, *SHAPE, device="meta")
+    case = f"a step in a session, batch {count}"
+    with record.checking(case, state):
+        agree(OURS, in_session(), alone(), atol=DEVIATION)
     rounds = []
-    deadline = time.perf_counter() + (2.0 if request.config.getoption("--quick") else 10.0)
+    deadline = time.perf_counter() + (1.0 if quick else 8.0)
     while time.perf_counter() < deadline or len(rounds) < 5:
         times = {}
         for name, call in {OURS: in_session, "sample": alone}.items():
@@ -259,4 +260,4 @@ def bench_overhead(record, sampler, device, count, request):
             times[name] = (time.perf_counter() - start) / (AT_ONCE * len(sampler))
         rounds.append(times)
     session.close()
-    record(f"a step in a session, batch {count}", 64 * count, rounds)
+    record(case, state, rounds)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+import pytest
 import torch
 from results import OURS
 
@@ -59,7 +60,8 @@ def seconds_a_step(step: Callable[[], object], device: torch.device) -> float:
     return (time.perf_counter() - start) / AT_ONCE
 
 
-def bench_digits(record, device, tmp_path, request):
+@pytest.mark.full
+def bench_digits(record, device, tmp_path):
     data = open_data("digits", channels=1)
     values = merged({"data": {"path": "digits"}, **preset("digits")}, KEPT)
     config = completed(values, data.image_shape, data.num_classes)
@@ -78,13 +80,14 @@ def bench_digits(record, device, tmp_path, request):
     }
     for step in candidates.values():  # the first steps set things up
         seconds_a_step(step, device)
-    rounds, seconds = [], 10.0 if request.config.getoption("--quick") else 60.0
+    rounds, seconds = [], 40.0
     names, deadline = list(candidates), time.perf_counter() + seconds
     while time.perf_counter() < deadline or len(rounds) < 5:
         rounds.append({name: seconds_a_step(candidates[name], device) for name in names})
         names.append(names.pop(0))  # none always follows the same
-    assert trainer.step_count == AT_ONCE * (1 + len(rounds))
-    assert torch.stack([p.detach().isfinite().all() for p in trainer.model.parameters()]).all()
+    with record.checking("trainer, digits", images):
+        assert trainer.step_count == AT_ONCE * (1 + len(rounds)), "steps of the trainer"
+        parameters = [parameter.detach() for parameter in trainer.model.parameters()]
+        assert all(p.isfinite().all() for p in parameters), "a parameter is not finite"
     loop.close()
-    elements = config.batch_size * data.image_shape[1] * data.image_shape[2]
-    record("trainer, digits", elements, [{n: r[n] for n in candidates} for r in rounds])
+    record("trainer, digits", images, [{n: r[n] for n in candidates} for r in rounds])

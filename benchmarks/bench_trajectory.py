@@ -12,6 +12,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from bench_sampling import SCHEDULE, peers
+from correctness import agree
 from eager import EagerStep
 from results import OURS
 from torch import Tensor
@@ -27,16 +28,14 @@ Candidate = tuple[Callable[[], object], int]  # and how many steps a call takes
 
 
 @pytest.fixture(scope="module")
-def model(device: torch.device) -> UNet:
-    if device.type != "cuda":
-        pytest.skip("graphs are captured on CUDA devices: --device cuda")
+def model(gpu: torch.device) -> UNet:
     torch.manual_seed(0)
     unet = UNet(UNetConfig()).eval()
     with torch.no_grad():
         for parameter in unet.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(std=parameter[0].numel() ** -0.5)
-    return unet.to(device, torch.bfloat16)
+    return unet.to(gpu, torch.bfloat16)
 
 
 class CapturedEager:
@@ -130,7 +129,10 @@ def kernel_seconds(call: Callable[[], object]) -> float:
 def bench_trajectory(record, model, count, request):
     quick, steps = request.config.getoption("--quick"), WHOLE[count]
     loop = ours(model, count, TAKEN, graph="off")
-    torch.testing.assert_close(ours(model, count, TAKEN)(), loop(), rtol=0, atol=0)
+    state = torch.empty(count, 3, 32, 32, device="meta", dtype=model.dtype)
+    case = f"a captured step, batch {count}"
+    with record.checking(case, state):
+        agree(OURS, ours(model, count, TAKEN)(), loop())
     captured = ours(model, count, steps)
     candidates: dict[str, Candidate] = {
         OURS: (captured, steps),
@@ -138,16 +140,13 @@ def bench_trajectory(record, model, count, request):
         "eager, captured by hand": (CapturedEager(model, count, steps, False), steps),
         "the same, channels_last": (CapturedEager(model, count, steps, True), steps),
     }
-    candidates |= {name: many(step) for name, step in peers(model, count, quick).items()}
+    candidates |= {
+        name: many(step) for name, step in record.running(peers(model, count, quick)).items()
+    }
     rounds = in_turn(candidates, 5.0 if quick else 20.0)
     whole = sorted(r[OURS] for r in rounds)[len(rounds) // 2]
     outside = 1 - kernel_seconds(captured) / steps / whole
-    record(
-        f"a captured step, batch {count}",
-        3072 * count,
-        rounds,
-        percent_outside_kernels=round(100 * outside, 1),
-    )
+    record(case, state, rounds, percent_outside_kernels=round(100 * outside, 1))
 
 
 @pytest.mark.parametrize("count", [1, 256])
@@ -164,9 +163,11 @@ def bench_steps_a_graph(record, model, count, monkeypatch, request):
         return call
 
     calls = {OURS if n == 1 else f"{n} a graph": with_steps(n) for n in (1, 4, 16)}
-    expected = calls[OURS]()
-    for name, call in calls.items():
-        torch.testing.assert_close(call(), expected, rtol=0, atol=0, msg=name)
+    state = torch.empty(count, 3, 32, 32, device="meta", dtype=model.dtype)
+    case, expected = f"steps a graph, batch {count}", calls[OURS]()
+    with record.checking(case, state):
+        for name, call in calls.items():
+            agree(name, call(), expected)
     candidates = {name: (call, WHOLE[count]) for name, call in calls.items()}
     seconds = 3.0 if request.config.getoption("--quick") else 10.0
-    record(f"steps a graph, batch {count}", 3072 * count, in_turn(candidates, seconds))
+    record(case, state, in_turn(candidates, seconds))

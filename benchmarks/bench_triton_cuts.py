@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from correctness import agree
 from results import OURS
 
 from ddpm_fast import NoiseSchedule, backends, randn, reverse_step, use_backend
@@ -37,13 +38,13 @@ def cut_into(threads: int, elements: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def bench_cuts(compare, large_size, dtype, device):
-    if device.type != "cuda" or not backends()["triton"].available:
-        pytest.skip("of Triton on GPUs; run with --device cuda")
+def bench_cuts(compare, large_size, dtype, gpu):
+    if not backends()["triton"].available:
+        pytest.skip("Triton is not installed")
     from ddpm_fast.kernels.launch import warp_size
 
-    x, eps = (randn(large_size, seed=i, device=device, dtype=dtype) for i in (1, 2))
-    table, out = TABLE.to(device), torch.empty_like(x)
+    x, eps = (randn(large_size, seed=i, device=gpu, dtype=dtype) for i in (1, 2))
+    table, out = TABLE.to(gpu), torch.empty_like(x)
 
     def step() -> torch.Tensor:
         with use_backend("triton"):
@@ -62,7 +63,7 @@ def bench_cuts(compare, large_size, dtype, device):
     def check() -> None:
         expected = step().clone()
         for threads, elements in cuts:
-            assert torch.equal(step_cut(threads, elements), expected)
+            agree(f"{threads} threads of {elements}", step_cut(threads, elements), expected)
 
     name = f"Triton reverse_step {str(dtype).removeprefix('torch.')}"
-    compare(name, x.numel(), 3 * x.nbytes, candidates, check)
+    compare(name, x, 3 * x.nbytes, candidates, check)

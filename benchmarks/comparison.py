@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import os
 import platform
@@ -14,17 +15,20 @@ from pathlib import Path
 
 import torch
 import torch._dynamo
+from peers import Missing
 from results import OURS
 
-from ddpm_fast import backends
+from ddpm_fast import backends, use_backend
 
 # Images of 3 x 32 x 32, from one to what fills several caches, or several gigabytes.
 SIZES = {"cpu": [1, 16, 256, 1024], "cuda": [1, 16, 256, 4096, 65536, 262144]}
-QUICK_SIZES = {"cpu": [1, 16, 256], "cuda": [1, 256, 65536]}
+QUICK_SIZES = {"cpu": [16, 256], "cuda": [1, 256, 65536]}
 LARGE = {"cpu": 256, "cuda": 65536}
 COMPILED = {"cpu": [256], "cuda": [65536, 262144]}  # a compilation takes seconds
+REFERENCE = {"cpu": 16, "cuda": 256}  # at most: its noise takes hundreds of full-size ops
 
-Candidates = dict[str, Callable[[], object]]
+Candidates = dict[str, Callable[[], object] | Missing]
+Running = dict[str, Callable[[], object]]
 
 
 def device_name(device: torch.device) -> str:
@@ -65,30 +69,87 @@ def ours(call: Callable[[], object], device: torch.device) -> Candidates:
     return candidates
 
 
-def compiled(call: Callable[..., object]) -> Callable[..., object]:
+def on_reference(call: Callable[[], object]) -> Callable[[], object]:
+    """The same call of the package's specification in plain PyTorch, addressed noise included."""
+
+    def run() -> object:
+        with use_backend("reference"):
+            return call()
+
+    return run
+
+
+@functools.cache
+def why_not_compiled(device_type: str) -> str:
+    """Why torch.compile has nothing to compile with; "" if it has."""
+    if device_type == "cuda":
+        from torch.utils._triton import has_triton
+
+        return "" if has_triton() else "torch.compile: no Triton for this GPU"
+    try:
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        get_cpp_compiler()
+    except Exception as error:  # whatever it finds wrong
+        return f"torch.compile: no C++ compiler ({type(error).__name__})"
+    return ""
+
+
+def compiled(
+    call: Callable[..., object], device_type: str = "cpu"
+) -> Callable[..., object] | Missing:
     """torch.compile of it for the shapes at hand. All callable objects count as one function, which
     is compiled eight times and then runs as it is, with a warning: not here."""
+    why = why_not_compiled(device_type)
+    if why:
+        return Missing(why)
     torch.compiler.reset()
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     return torch.compile(call, dynamic=False)
 
 
-def medians(candidates: Candidates, seconds: float, device: torch.device) -> dict[str, float]:
+def free_memory(device: torch.device) -> int:
+    """Bytes that a case may take."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    free = [1 << 62]
+    if os.path.exists("/proc/meminfo"):
+        found = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
+        free += [1024 * int(found[1])] if found else []
+    group = Path("/sys/fs/cgroup")  # of a container
+    with contextlib.suppress(OSError, ValueError):
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        cache = re.search(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.M)
+        free.append(limit - used + (int(cache[1]) if cache else 0))
+    return min(free)
+
+
+def short_of_memory(device: torch.device, nbytes: int) -> str:
+    """Why a case that takes so much is left out; "" if it is not."""
+    if nbytes <= free_memory(device):
+        return ""
+    return f"less than {nbytes / 1e9:.1f} GB of memory free"
+
+
+def medians(candidates: Running, seconds: float, device: torch.device) -> dict[str, float]:
     """Seconds a call, each candidate in turn until time is up."""
     if device.type == "cuda":
         return device_medians(candidates, seconds)
     return host_medians(candidates, seconds)
 
 
-def host_medians(candidates: Candidates, seconds: float) -> dict[str, float]:
-    """By the clock, in blocks of 5 calls and 0.2 ms or more, after one that does not count: it pays
-    for the caches and the allocator's memory that the candidate before it left."""
+def host_medians(candidates: Running, seconds: float) -> dict[str, float]:
+    """By the clock, in blocks of 5 calls and 0.2 ms or more, of one call where that takes long,
+    after one that does not count: it pays for the caches and the allocator's memory that the
+    candidate before it left."""
     batches = {}
     for name, call in candidates.items():
         call()
         start = time.perf_counter()
         call()
-        batches[name] = max(5, int(2e-4 / max(time.perf_counter() - start, 1e-7)))
+        took = max(time.perf_counter() - start, 1e-7)
+        batches[name] = max(5, int(2e-4 / took)) if took < 5e-3 else 1
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     deadline = time.perf_counter() + seconds
     while time.perf_counter() < deadline or min(map(len, samples.values())) < 5:
@@ -102,7 +163,7 @@ def host_medians(candidates: Candidates, seconds: float) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in samples.items()}
 
 
-def device_medians(candidates: Candidates, seconds: float) -> dict[str, float]:
+def device_medians(candidates: Running, seconds: float) -> dict[str, float]:
     """By events on the GPU, one call at a time. Before each, memory four times the second-level
     cache is written, so that the call finds nothing of its own there, and the GPU is kept busy for
     another millisecond, until the host has queued the call: what is measured is the GPU's time."""
@@ -128,3 +189,24 @@ def device_medians(candidates: Candidates, seconds: float) -> dict[str, float]:
         for name, (start, end) in events.items():
             samples[name].append(start.elapsed_time(end) / 1e3)
     return {name: statistics.median(values) for name, values in samples.items()}
+
+
+def whole_calls(
+    candidates: Running, device: torch.device, seconds: float, least: int
+) -> list[dict[str, float]]:
+    """Seconds of calls that take long enough to be timed alone, round after round."""
+
+    def timed(call: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    rounds, names = [], list(candidates)
+    deadline = time.perf_counter() + seconds
+    while len(rounds) < least or time.perf_counter() < deadline:
+        times = {name: timed(candidates[name]) for name in names}
+        rounds.append({name: times[name] for name in candidates})
+        names.append(names.pop(0))  # none always follows the same
+    return rounds

@@ -1,37 +1,57 @@
 """Benchmarks that compare: every candidate of a case is checked first, then timed in turn within
 one run, and the medians are set against each other. ``--device cuda`` measures on a GPU,
-``--quick`` takes fewer rounds and sizes, ``--results DIR`` writes a JSON named after the device."""
+``--quick`` takes fewer rounds, sizes and cases, ``--results DIR`` keeps the rows in a JSON named
+after the device (results.py). What was left out is said at the end."""
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import datetime
 import math
 import statistics
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from comparison import LARGE, QUICK_SIZES, SIZES, device_name, medians, preferring
-from results import OURS, file_name, table, write
+from comparison import (
+    LARGE,
+    QUICK_SIZES,
+    SIZES,
+    device_name,
+    medians,
+    preferring,
+    short_of_memory,
+)
+from correctness import WrongResult
+from peers import Missing
+from results import OURS, merged, path_of, read, table, with_shape, write
 
 import ddpm_fast
 from ddpm_fast.backends import select
 
 ROWS = pytest.StashKey[list[dict[str, Any]]]()
 BANDWIDTH = pytest.StashKey[float]()
+LEFT_OUT = pytest.StashKey[collections.Counter[str]]()
+QUICK = "quick: cases that --quick leaves out"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--quick", action="store_true", help="fewer rounds and sizes")
+    parser.addoption("--quick", action="store_true", help="fewer rounds, sizes and cases")
     parser.addoption("--results", type=Path, help="folder for a JSON file named after the device")
     parser.addoption("--device", default="cpu", choices=["cpu", "cuda"], help="what is measured")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "full: a benchmark that --quick leaves out")
     config.stash[ROWS] = []
+    config.stash[LEFT_OUT] = collections.Counter()
+    # Its table has one of the candidates alone; --benchmark-verbose shows it all the same.
+    config.option.benchmark_quiet = True
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -46,29 +66,62 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("large_size", [(LARGE[device], 3, 32, 32)], ids=str)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--quick"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("full")]
+    if left_out:
+        config.stash[LEFT_OUT][QUICK] += len(left_out)
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    report = yield
+    if report.skipped and call.excinfo is not None:
+        item.config.stash[LEFT_OUT][str(call.excinfo.value)] += 1
+    return report
+
+
+@pytest.fixture(scope="session")
+def quick(request: pytest.FixtureRequest) -> bool:
+    return request.config.getoption("--quick")
+
+
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> torch.device:
     """What --device says; on a GPU the CUDA or Triton kernels must run."""
     device = torch.device(request.config.getoption("--device"))
     if device.type == "cuda":
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            available = torch.cuda.is_available()
-        if not available:
+        if not gpu_here():
             pytest.skip("--device cuda: torch finds no GPU")
         device = torch.device("cuda", torch.cuda.current_device())
     select(device)  # raises where no kernels run there
     return device
 
 
+def gpu_here() -> bool:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.cuda.is_available()
+
+
+@pytest.fixture(scope="session")
+def gpu(device: torch.device) -> torch.device:
+    if device.type != "cuda":
+        pytest.skip("of GPUs: run with --device cuda" if gpu_here() else "no GPU")
+    return device
+
+
 @pytest.fixture
 def size(request: pytest.FixtureRequest, device: torch.device) -> tuple[int, ...]:
-    """[N, 3, 32, 32], where a GPU has room for it and what plain PyTorch makes of it."""
+    """[N, 3, 32, 32], where there is room for it, for what plain PyTorch makes of it and for the
+    same in float64."""
     shape: tuple[int, ...] = request.param
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        if 4 * 16 * math.prod(shape) > torch.cuda.mem_get_info(device)[0]:
-            pytest.skip(f"{shape} takes more memory than is free")
+    why = short_of_memory(device, 4 * 16 * math.prod(shape))
+    if why:
+        pytest.skip(f"{why}: sizes from {shape[0]} up")
     return shape
 
 
@@ -84,83 +137,159 @@ def copy_bandwidth(request: pytest.FixtureRequest, device: torch.device) -> floa
 
 Compare = Callable[..., dict[str, float]]
 Record = Callable[..., None]
+Rule = Callable[[str, Callable[[], Any]], None]
+
+
+class Case:
+    """A row as it becomes one."""
+
+    def __init__(self, request: pytest.FixtureRequest, bandwidth: float) -> None:
+        self._config, self._bandwidth = request.config, bandwidth
+        self._op = request.path.stem.removeprefix("bench_")
+
+    def running(self, candidates: dict[str, Any]) -> dict[str, Callable[[], Any]]:
+        """Those that are here; the others are left out, and that is said."""
+        for candidate in candidates.values():
+            if isinstance(candidate, Missing):
+                self._config.stash[LEFT_OUT][f"{candidate.why}: compared without it"] += 1
+        return {name: c for name, c in candidates.items() if not isinstance(c, Missing)}
+
+    def start(
+        self, case: str, state: torch.Tensor | None, steps: int = 1, **more: Any
+    ) -> dict[str, Any]:
+        shape = None if state is None else list(state.shape)
+        dtype = None if state is None else str(state.dtype).removeprefix("torch.")
+        op = more.pop("op", self._op)
+        return {
+            "op": op,
+            "case": with_shape(case, shape, op),
+            "shape": shape,
+            "dtype": dtype,
+            "elements": None if state is None else steps * state.numel(),
+            **more,
+        }
+
+    @contextlib.contextmanager
+    def checked(self, row: dict[str, Any]) -> Iterator[None]:
+        """A wrong result is a failure, not a speed."""
+        try:
+            yield
+        except AssertionError as error:
+            said = str(error).strip() if isinstance(error, WrongResult) else shown(error)
+            add_row(
+                self._config,
+                row | {"microseconds": {}, "ratio": {}, "failed": f"wrong result ({said})"},
+            )
+            pytest.fail(f"{row['case']}: wrong result ({said})", pytrace=False)
+
+    def finish(self, row: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
+        ours = seconds[OURS]
+        row |= {
+            "microseconds": {name: round(1e6 * s, 2) for name, s in seconds.items()},
+            "ratio": {name: round(s / ours, 2) for name, s in seconds.items() if name != OURS},
+        }
+        if row.get("bytes") is not None:
+            row["gigabytes_per_second"] = round(row["bytes"] / ours / 1e9, 2)
+            row["percent_of_copy"] = round(100 * row["bytes"] / ours / self._bandwidth, 1)
+        add_row(self._config, row)
+        return row
+
+
+def shown(error: AssertionError) -> str:
+    """The greatest difference that torch.testing names, or the first line."""
+    lines = [line.strip() for line in str(error).splitlines()] or ["assertion failed"]
+    return next((line for line in lines if line.startswith("Greatest absolute")), lines[0])
 
 
 @pytest.fixture
 def compare(
     benchmark: Any, request: pytest.FixtureRequest, device: torch.device, copy_bandwidth: float
 ) -> Compare:
-    """compare(case, elements, bytes_moved, candidates, check) → seconds a call, by name."""
+    """compare(case, state, bytes_moved, candidates, check) → seconds a call, by name.
+
+    ``check`` is of the case, run on each of our backends; ``rule(name, call)`` of what a candidate
+    returns. ``steps``: calls of the op within one. The others are the row's own (results.py).
+    """
     quick = request.config.getoption("--quick")
+    building = Case(request, copy_bandwidth)
 
     def run(
         case: str,
-        elements: int,
-        bytes_moved: int,
-        candidates: dict[str, Callable[[], object]],
-        check: Callable[[], None],
+        state: torch.Tensor,
+        bytes_moved: int | None,
+        candidates: dict[str, Callable[[], object] | Missing],
+        check: Callable[[], None] | None = None,
+        *,
+        rule: Rule | None = None,
+        seconds: float = 2.0,
+        steps: int = 1,
+        **more: Any,
     ) -> dict[str, float]:
-        for name in candidates:  # a wrong result is a failure, not a speed
-            if name.startswith(OURS):
-                with preferring(name.removeprefix(OURS).strip()):
-                    check()
+        assert check or rule, f"{case} is not checked"
+        row = building.start(case, state, steps, bytes=bytes_moved, **{"flops": None} | more)
+        running = building.running(candidates)
+        with building.checked(row):
+            for name in running if check else ():
+                if name.startswith(OURS):
+                    with preferring(name.removeprefix(OURS).strip()):
+                        check()
+            torch.manual_seed(0)
+            with torch.inference_mode():
+                for name, call in running.items() if rule else ():
+                    rule(name, call)
         with torch.inference_mode():
             on_gpu = device.type == "cuda"
-            seconds = medians(candidates, 0.3 if quick else 1.0 if on_gpu else 3.0, device)
+            limit = 0.3 if quick else min(seconds, 1.0) if on_gpu else seconds
+            found = medians(running, limit, device)
 
             def once() -> None:
-                candidates[OURS]()
+                running[OURS]()
                 if on_gpu:
                     torch.cuda.synchronize()
 
-            benchmark.pedantic(once, rounds=20, iterations=5, warmup_rounds=2)
-        ours = seconds[OURS]
-        row = {
-            "case": case,
-            "elements": elements,
-            "microseconds": {name: round(1e6 * s, 2) for name, s in seconds.items()},
-            "ratio": {name: round(s / ours, 2) for name, s in seconds.items() if name != OURS},
-            "gigabytes_per_second": round(bytes_moved / ours / 1e9, 2),
-            "percent_of_copy": round(100 * bytes_moved / ours / copy_bandwidth, 1),
-        }
-        benchmark.extra_info.update(row)
-        add_row(request.config, row)
-        return seconds
+            benchmark.pedantic(once, rounds=5, iterations=5, warmup_rounds=1)
+        benchmark.extra_info.update(building.finish(row, found))
+        return found
 
     return run
 
 
 @pytest.fixture
 def record(request: pytest.FixtureRequest, benchmark: Any, copy_bandwidth: float) -> Record:
-    """record(case, elements, rounds, **more): rounds of seconds by name, measured by the case
-    itself, and what else is to be known of them."""
+    """record(case, state, rounds, **more): rounds of seconds by name, measured by the case itself,
+    which it has checked ``with record.checking(case, state)``, and what else is to be known."""
+    building = Case(request, copy_bandwidth)
 
-    def run(case: str, elements: int, rounds: list[dict[str, float]], **more: Any) -> None:
+    def run(
+        case: str,
+        state: torch.Tensor | None,
+        rounds: list[dict[str, float]],
+        steps: int = 1,
+        **more: Any,
+    ) -> None:
         seconds = {name: statistics.median(r[name] for r in rounds) for name in rounds[0]}
         benchmark.pedantic(lambda: None)  # the figures are the case's own
-        add_row(
-            request.config,
-            {
-                "case": case,
-                "elements": elements,
-                "microseconds": {name: round(1e6 * s, 2) for name, s in seconds.items()},
-                "ratio": {
-                    name: round(s / seconds[OURS], 2) for name, s in seconds.items() if name != OURS
-                },
-                **more,
-            },
-        )
+        row = building.start(case, state, steps, **{"bytes": None, "flops": None} | more)
+        benchmark.extra_info.update(building.finish(row, seconds))
 
+    # functions have attributes, of which mypy knows nothing
+    run.checking = lambda *args, **more: building.checked(building.start(*args, **more))  # type: ignore[attr-defined]
+    run.running = building.running  # type: ignore[attr-defined]
     return run
 
 
 def add_row(config: pytest.Config, row: dict[str, Any]) -> None:
     """Keeps a row, in --results too: it is there if a later case takes the run down."""
-    config.stash[ROWS].append(row)
+    cases = [other["case"] for other in config.stash[ROWS]]
+    assert row["case"] not in cases, f"two cases are called {row['case']!r}"
+    report = report_of(config)
+    of_run = ("date", "torch", "ddpm_fast", "quick", "copy_gigabytes_per_second")
+    config.stash[ROWS].append(row | {key: report[key] for key in of_run})
     folder = config.getoption("--results")
     if folder is not None:
-        report = report_of(config)
-        write(folder / f"{file_name(report['device'])}.json", report)
+        path = path_of(folder, report["device"], report["quick"])
+        before = read(path)["rows"] if path.exists() else []
+        write(path, report | {"rows": merged(before, config.stash[ROWS])})
 
 
 def report_of(config: pytest.Config) -> dict[str, Any]:
@@ -177,8 +306,16 @@ def report_of(config: pytest.Config) -> dict[str, Any]:
     }
 
 
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Any:
+    """After all that pytest has to say: people read what comes last."""
+    result = yield
     if config.stash[ROWS]:
-        terminalreporter.section("ratios to ddpm_fast (medians, interleaved)")
+        terminalreporter.section("medians, and ratios to ddpm_fast (measured in turn)")
         for line in table(report_of(config)):
             terminalreporter.write_line(line)
+    if config.stash[LEFT_OUT]:
+        terminalreporter.section("left out")
+        for reason, count in config.stash[LEFT_OUT].items():
+            terminalreporter.write_line(f"{reason}: {count} case{'s' * (count > 1)}")
+    return result

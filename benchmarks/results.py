@@ -58,6 +58,7 @@ OPS = {
 IMAGE = (3, 32, 32)
 OF_PIXELS = {"add_noise", "denoising_loss", "lucidrains", "openai", "randn", "reverse_step",
              "schedulers", "triton_cuts", "vlb_terms"}  # fmt: skip
+OF_ONE_SHAPE = {"launch", "session", "training_overhead"}
 OF_NETWORKS = {"sampling", "rewrites", "trajectory"}  # in the dtype that the device has
 
 
@@ -94,13 +95,13 @@ def normalised(row: Row, report: Report) -> Row:
     found.setdefault("dtype", dtype_of(row["case"], found["op"]))
     if "shape" not in found:
         found["shape"] = shape_of(row["case"], found["op"], row["elements"])
-        found["case"] = with_shape(row["case"], found["shape"])
+        found["case"] = with_shape(row["case"], found["shape"], found["op"])
     return found
 
 
-def with_shape(case: str, shape: list[int] | None) -> str:
+def with_shape(case: str, shape: list[int] | None, op: str) -> str:
     """A case named once in a file: its shape is said, if it is not yet."""
-    if shape is None or "[" in case or "batch" in case:
+    if shape is None or op in OF_ONE_SHAPE or "[" in case or "batch" in case:
         return case
     return f"{case} {list(shape)}"
 
@@ -126,7 +127,7 @@ def shape_of(case: str, op: str, elements: int) -> list[int] | None:
     named = re.search(r"\[([\d, ]+)\]", case)
     if named:
         return [int(size) for size in named[1].split(",")]
-    if op == "session" and "batch" in case:
+    if op in ("session", "training_overhead"):
         return [elements // 64, 1, 8, 8]
     if op not in OF_PIXELS | OF_NETWORKS:
         return None

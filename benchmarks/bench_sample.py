@@ -1,0 +1,204 @@
+"""The end-to-end loop: whole trajectories of DDIM around a small UNet, seconds a call by system,
+for several batches and sides. Each system computes the same network with the same weights, from
+noise to images, as its users call it. The network predicts x_0: with random weights, images of an
+ε prediction are all black and white, whatever is wrong with a step."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch._inductor.config
+from comparison import compiled, short_of_memory, whole_calls
+from correctness import agree
+from eager import EagerDdim
+from peers import Missing, Wrapped, diffusers, lucidrains_diffusion, openai_diffusion
+from results import OURS
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from ddpm_fast import NoiseSchedule, Sampler, UNet, UNetConfig, randn
+
+SCHEDULE = NoiseSchedule.linear()
+STEPS = 50
+LEADING = range(980, -1, -20)
+# (side, images)
+CASES = {
+    "cpu": [(32, 1), (32, 4), (32, 16), (64, 1), (64, 4)],
+    "cuda": [(32, 1), (32, 16), (32, 256), (64, 1), (64, 64)],
+}
+QUICK_CASES = [(16, 1), (16, 8), (32, 1)]
+QUICK_COMPILED = (16, 8)
+CHANNELS = {False: (64, 128, 128), True: (32, 64)}  # by --quick
+CHECKED = 2  # images of each call, against float64
+TOLERANCE = 1e-4  # of pixels in [-1, 1], after all steps
+
+
+@dataclass(frozen=True)
+class System:
+    """What draws images, and what they have to be: DDIM's from x_T through the timesteps."""
+
+    call: Callable[[], Any]
+    x_T: Callable[[], Tensor]
+    images: Callable[[Any], Tensor] = lambda found: found
+    timesteps: tuple[int, ...] = tuple(LEADING)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" in metafunc.fixturenames:
+        config = metafunc.config
+        cases = CASES[config.getoption("--device")]
+        metafunc.parametrize("case", QUICK_CASES if config.getoption("--quick") else cases, ids=str)
+
+
+@functools.cache
+def network(side: int, quick: bool, device: torch.device) -> UNet:
+    """With weights that make of close inputs close outputs, as trained ones do."""
+    config = UNetConfig(
+        image_size=side,
+        channels=CHANNELS[quick],
+        num_res_blocks=1,
+        attention_resolutions=(side // 2,),
+    )
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    unet = UNet(config).eval()
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    return unet.to(device)
+
+
+def flops_of(unet: UNet, shape: tuple[int, ...]) -> int:
+    """Of one evaluation, as the module computes it."""
+    x = torch.zeros(shape, device=unet.conv_in.weight.device, dtype=unet.conv_in.weight.dtype)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        unet(x, torch.zeros(shape[0], dtype=torch.int64, device=x.device))
+    return counter.get_total_flops()
+
+
+def systems(
+    unet: UNet, shape: tuple[int, ...], device: torch.device, compile_too: bool
+) -> dict[str, System | Missing]:
+    n = shape[0]
+    eager = EagerDdim(SCHEDULE, LEADING, device)
+
+    def start() -> Tensor:
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+
+    def ours(**options: Any) -> System:
+        sampler = Sampler(
+            unet, SCHEDULE, prediction="sample", method="ddim", num_steps=STEPS, device=device,
+            **options,
+        )  # fmt: skip
+        return System(
+            lambda: sampler.sample(shape, seed=0), lambda: randn(shape, seed=0, device=device)
+        )
+
+    found: dict[str, System | Missing] = {
+        OURS: ours(),
+        f"{OURS}, the network as it is": ours(plan="off"),
+        "eager": System(lambda: eager(unet, start()), start),
+    }
+    if compile_too:
+        whole = compiled(unet, device.type)
+        found["torch.compile"] = (
+            whole if isinstance(whole, Missing) else System(lambda: eager(whole, start()), start)
+        )
+    found["diffusers"] = of_diffusers(unet, n, start)
+    found["lucidrains"] = of_lucidrains(unet, shape, device)
+    openai = openai_diffusion("FIXED_SMALL", mean="START_X", respacing=f"ddim{STEPS}")
+    found["OpenAI"] = System(
+        lambda: openai.ddim_sample_loop(unet, shape, noise=start(), device=device), start
+    )
+    return found
+
+
+def of_diffusers(unet: UNet, n: int, start: Callable[[], Tensor]) -> System | Missing:
+    """DDIMPipeline around their UNet2DModel."""
+    package = diffusers()
+    if isinstance(package, Missing):
+        return package
+    pipeline = package.DDIMPipeline(
+        unet.to_diffusers(), package.DDIMScheduler(prediction_type="sample")
+    )
+    pipeline.set_progress_bar_config(disable=True)
+
+    def call() -> Any:
+        return pipeline(
+            batch_size=n,
+            generator=torch.Generator().manual_seed(0),
+            num_inference_steps=STEPS,
+            use_clipped_model_output=True,  # as the others take it
+            output_type="np",
+        ).images
+
+    def images(found: Any) -> Tensor:
+        return torch.from_numpy(found).permute(0, 3, 1, 2) * 2 - 1
+
+    return System(call, start, images)
+
+
+def of_lucidrains(unet: UNet, shape: tuple[int, ...], device: torch.device) -> System | Missing:
+    """GaussianDiffusion around the network as it is: DDIM of their own timesteps."""
+    diffusion = lucidrains_diffusion(
+        Wrapped(unet, shape[1]), shape[2], device, objective="pred_x0", sampling_timesteps=STEPS
+    )
+    if isinstance(diffusion, Missing):
+        return diffusion
+    silence(diffusion)
+    times = torch.linspace(-1, len(SCHEDULE) - 1, STEPS + 1).int().tolist()
+
+    def call() -> Tensor:
+        torch.manual_seed(0)
+        return diffusion.sample(shape[0])
+
+    def start() -> Tensor:
+        torch.manual_seed(0)
+        return torch.randn(shape, device=device)
+
+    timesteps = tuple(reversed(times[1:]))
+    return System(call, start, lambda found: found * 2 - 1, timesteps)
+
+
+def silence(diffusion: Any) -> None:
+    """No progress bars in what is timed."""
+    import sys
+
+    sys.modules[type(diffusion).__module__].tqdm = lambda steps, **kwargs: steps
+
+
+def check(name: str, system: System, double: UNet, device: torch.device) -> None:
+    """Against the whole trajectory in float64, of the first images."""
+    exact = EagerDdim(SCHEDULE, system.timesteps, device, torch.float64)
+    found = system.images(system.call())
+    with torch.inference_mode():
+        expected = exact(double, system.x_T()[:CHECKED].double())
+    agree(name, found[:CHECKED], expected.clamp(-1, 1), atol=TOLERANCE)
+
+
+def bench_sample(record, case, device, quick):
+    side, n = case
+    shape = (n, 3, side, side)
+    why = short_of_memory(device, 2_000_000_000)
+    if why:
+        pytest.skip(f"{why}: the end-to-end loop")
+    unet = network(side, quick, device)
+    compile_too = not quick or case == QUICK_COMPILED
+    state = torch.empty(shape, device="meta")
+    name = f"sample, {'tiny' if quick else 'small'} UNet, DDIM"
+    with torch._inductor.config.patch(freezing=device.type == "cpu"), torch.inference_mode():
+        running = record.running(systems(unet, shape, device, compile_too))
+        double = UNet(unet.config).to(device, torch.float64).eval()
+        double.load_state_dict(unet.state_dict())
+        with record.checking(name, state):
+            for each, system in running.items():
+                check(each, system, double, device)
+        calls = {each: system.call for each, system in running.items()}
+        rounds = whole_calls(calls, device, 2.0 if quick else 15.0, 3)
+    flops = STEPS * flops_of(unet, shape)
+    record(name, state, rounds, images=n, steps=STEPS, flops=flops)
