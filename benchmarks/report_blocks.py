@@ -58,6 +58,7 @@ def rewritten(text: str, devices: Sequence[Device]) -> str:
             if not named:
                 raise ValueError(f"figures: {found['name']}: no results of {found['device']}")
             device = named[0]
-        return f"{found['begin']}{body(found['name'], device)}{found['end']}"
+        # Blank lines: without them Markdown takes what follows a comment for a part of it.
+        return f"{found['begin']}\n{body(found['name'], device)}\n{found['end']}"
 
     return BLOCK.sub(block, text)

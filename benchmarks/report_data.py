@@ -3,7 +3,6 @@ are written. Nothing here needs the package, torch or matplotlib."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -182,8 +181,8 @@ def significant(value: float, digits: int = 3) -> str:
     """Three digits, and no exponent."""
     if not value:
         return "0"
-    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value)) + 1e-9))
-    return f"{value:,.{decimals}f}"
+    exponent = int(f"{value:.{digits - 1}e}".partition("e")[2])  # once it is rounded
+    return f"{value:,.{max(0, digits - 1 - exponent)}f}"
 
 
 def duration(seconds: float, digits: int = 3) -> str:

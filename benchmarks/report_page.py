@@ -142,7 +142,7 @@ def scaling(devices: Sequence[Device]) -> list[Part]:
             parts.append(Side(tuple(found)))
         if missing:
             parts.append(
-                Text(f"Not measured on {'; '.join(missing)}: more than one of {variable}.")
+                Text(f"Not measured on {'; '.join(missing)}: several values of {variable}.")
             )
     return parts
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zlib
 
 from report_data import OUR_OWN
 from results import OURS
@@ -58,11 +59,12 @@ def style() -> str:
 
 def themed(text: str, mark: str, description: str) -> str:
     """Without what a browser does not need, its ids its own, its colours variables."""
+    own = f"c{zlib.crc32(f'{mark} {description}'.encode()):08x}"  # several stand in one page
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.S)
     used = set(re.findall(r"(?:#)([\w.-]+)(?=[\")])", text))
-    text = re.sub(r' id="([^"]+)"', lambda m: f' id="{mark}-{m[1]}"' if m[1] in used else "", text)
-    text = re.sub(r"(xlink:href=\"|url\()#", rf"\1#{mark}-", text)
+    text = re.sub(r' id="([^"]+)"', lambda m: f' id="{own}-{m[1]}"' if m[1] in used else "", text)
+    text = re.sub(r"(xlink:href=\"|url\()#", rf"\1#{own}-", text)
     for name, (shade, _) in INKS.items():
         text = text.replace(shade, f"var(--{name})")
     text = re.sub(r"font: ([^;\"]*?)'DejaVu Sans'[^;\"]*", rf"font: \1{FONT}", text)
