@@ -23,6 +23,7 @@ class Block:
         language: "indented" of one that no fence says it of.
         section: the second-level heading above it, or the title.
         lead: the line before it.
+        marked: numbers of lines that the site sets off.
     """
 
     path: Path
@@ -31,6 +32,7 @@ class Block:
     section: str
     lead: str
     code: str
+    marked: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.path.relative_to(ROOT)}:{self.line}"
@@ -58,7 +60,8 @@ def blocks(path: Path) -> Iterator[Block]:
             assert end < len(lines), f"{path.name}:{i + 1}: a block without an end"
             code = "".join(f"{inner.removeprefix(indent)}\n" for inner in lines[i + 1 : end])
             language = info.strip().split(" ")[0].split("{")[0]
-            yield Block(path, i + 1, language, section, lead.strip(), code)
+            marked = tuple(map(int, re.findall(r"\d+", info.partition("hl_lines")[2])))
+            yield Block(path, i + 1, language, section, lead.strip(), code, marked)
             i = end + 1
         elif line.startswith("    ") and not lead.strip() and not _SET_IN.match(above):
             end = i

@@ -180,6 +180,19 @@ def test_text_is_no_code(block):
     raise AssertionError(f"{block} is Python: say so, and it is run")
 
 
+def test_marked_lines_are_those_that_are_new():
+    """The smallest change to the stock code: each of its lines has a name of the package."""
+    marked = [block for block in all_blocks() if block.marked]
+    assert len(marked) >= 6
+    for block in marked:
+        lines = block.code.splitlines()
+        for number in block.marked:
+            line = lines[number - 1]
+            assert re.search("accelerate|ddpm_fast|step_table|reverse_step|loss_of|Loss", line), (
+                f"{block}: {line}"
+            )
+
+
 def test_the_command_lines_page_is_the_parsers():
     assert PAGE.read_text() == page(), "python tests/command_line_page.py --write"
 

@@ -12,6 +12,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import torch
 from documents import DOCS, blocks, commands
 
 from ddpm_fast.cli import main
@@ -40,6 +41,8 @@ def test_a_small_one(tmp_path, monkeypatch, capsys):
             if program == "ddpm-fast" and arguments[0] != "serve":
                 assert main([*arguments, *SMALLER.get(arguments[0], [])]) == 0, arguments
                 ran.append(arguments[0])
+    drawn, digits = names["images"].flatten(1), names["digits"]
+    assert torch.cdist(drawn, digits).min(1).values.max() < 0.1  # only ones that it has seen
     assert ran == ["info", "train", "sample", "evaluate"]
     assert "bits/dim" in capsys.readouterr().out
     assert {path.name for path in Path().iterdir()} == {"first.png", "run", "images"}
