@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import io
 import json
 
@@ -131,6 +132,12 @@ def test_an_image_has_a_url_that_gives_the_same_file(client):
         file.content
         == client.get("/api/images/9/12.png?class=0&steps=5&guidance_scale=15e-1").content
     )
+
+
+def test_a_url_leads_to_its_own_class_whatever_the_names_are(client):
+    for image in post(client, count=4, steps=2, seed=1).json()["images"]:
+        assert client.get(image["url"]).content == base64.b64decode(image["png"])
+    assert post(client, **{"class": 3}).json()["images"][0]["url"].count("class=a%20bird")
 
 
 def test_what_was_fetched_is_not_drawn_again(client):

@@ -4,6 +4,7 @@ for a reader, as long as they like."""
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from typing import Any
 
@@ -12,10 +13,6 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from .limits import Limits
 
 _SWEEP_SECONDS = 0.25
-_LATE = (
-    b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-type: application/json\r\n"
-    b"content-length: %d\r\n\r\n%s"
-)
 
 
 class Connection(H11Protocol):
@@ -48,6 +45,25 @@ class Connection(H11Protocol):
         self.head_since, self._begun = time.monotonic(), bool(self.conn.trailing_data[0])
         super().on_response_complete()
 
+    def send_400_response(self, msg: str) -> None:
+        """Of what is no HTTP; a request whose body turns out to be none has no other answer."""
+        cycle = self.cycle
+        if cycle is not None and not cycle.response_complete:
+            cycle.disconnected = True
+            cycle.message_event.set()
+            if cycle.response_started:
+                self.transport.close()
+                return
+        self._refuse(400, "Bad Request", "the request is not HTTP/1.1")
+
+    def _refuse(self, status: int, reason: str, message: str) -> None:
+        body = json.dumps({"error": {"message": message}})
+        self.transport.write(
+            f"HTTP/1.1 {status} {reason}\r\nconnection: close\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(body)}\r\n\r\n{body}".encode()
+        )
+        self.transport.close()
+
     def pause_writing(self) -> None:
         self.stalled_since = time.monotonic()
         super().pause_writing()
@@ -63,10 +79,10 @@ class Connection(H11Protocol):
                 self.stalled_since = now
         elif self.head_since is not None and now - self.head_since > limits.head_seconds:
             if self._begun:
-                text = b'{"error": {"message": "the request was not there within %g s"}}'
-                text %= limits.head_seconds
-                self.transport.write(_LATE % (len(text), text))
-            self.transport.close()
+                late = f"the request was not there within {limits.head_seconds:g} s"
+                self._refuse(408, "Request Timeout", late)
+            else:
+                self.transport.close()
         if self.stalled_since is not None and now - self.stalled_since > limits.stall_seconds:
             self.transport.abort()
 

@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 import torch
 from torch import nn
@@ -113,11 +114,19 @@ class Offer:
 
     def path(self, address: Address) -> str:
         """Of its URL; every choice in it, so that it stays the same image if defaults change."""
-        query = [f"class={address.label}"] if address.label is not None else []
+        query = [] if address.label is None else [f"class={self._class_text(address.label)}"]
         query.append(f"steps={address.steps}")
         if address.guidance_scale is not None:
             query.append(f"guidance_scale={address.guidance_scale!r}")
         return f"/api/images/{address.seed}/{address.sample_id}.png?{'&'.join(query)}"
+
+    def _class_text(self, label: int) -> str:
+        """For a query, where a string is a name first."""
+        assert self.classes is not None
+        number = str(label)
+        if number in self.classes and self.classes.index(number) != label:
+            return quote(self.classes[label], safe="")
+        return number
 
     def etag(self, address: Address) -> str:
         """Of an image's file: it is a function of this."""
