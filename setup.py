@@ -14,6 +14,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 
@@ -25,6 +26,16 @@ ddpm_fast needs a C++17 compiler to build its CPU kernels, and found none (looke
 Another compiler is named by the environment variable CXX.
 To install without compiled kernels (pure PyTorch, much slower), set DDPM_FAST_NATIVE=0.
 """
+
+
+class CleanBuild(build_py):
+    """Without the files of an earlier build, which setuptools would pack even if they are gone."""
+
+    def run(self) -> None:
+        target = Path(self.build_lib).resolve()
+        if not self.editable_mode and ROOT / "build" in target.parents:
+            shutil.rmtree(target, ignore_errors=True)
+        super().run()
 
 
 class CMakeBuild(build_ext):
@@ -64,5 +75,5 @@ if not native:
         module.unlink()  # of an earlier build in this tree: it would be loaded
 setup(
     ext_modules=[Extension("ddpm_fast._native", sources=[])] if native else [],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_ext": CMakeBuild, "build_py": CleanBuild},
 )

@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parent.parent
-
-
-def copy_of_sources(tmp_path: Path) -> Path:
-    """The tree as git would clone it, in another folder."""
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
-    if listed.returncode != 0:
-        pytest.skip("not a git checkout")
-    target = tmp_path / "ddpm_fast"
-    for name in listed.stdout.splitlines():
-        source = ROOT / name
-        if source.is_symlink() or source.is_file():
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(source, target / name, follow_symlinks=False)
-    return target
+from packages import ROOT, build, copy_of_sources, empty_environment, fresh_environment
+from packages import install as install_wheel
 
 
 def test_no_compiler_says_what_to_install(tmp_path):
@@ -62,13 +50,45 @@ def test_native_module_links_no_torch():
     assert "libc10" not in linked
 
 
-def fresh_environment(tmp_path: Path) -> Path:
-    """A virtual environment that sees this one's packages, so that torch is not installed again."""
-    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "env")], check=True)
-    site = next((tmp_path / "env" / "lib").glob("python*/site-packages"))
-    here = [p for p in sys.path if p.endswith("site-packages")]
-    (site / "outer.pth").write_text("\n".join(here) + "\n")
-    return tmp_path / "env" / "bin" / "python"
+# AVX and what came after it: registers wider than SSE's, and instructions with three operands.
+_AVX = re.compile(r"%[yz]mm|%k[0-7]|\tv[a-z0-9]+ +[^#]*%xmm|\tv(zeroupper|ldmxcsr|stmxcsr)")
+
+
+def functions_with_avx(objects: list[Path]) -> set[str]:
+    """Demangled names of the functions in which a disassembler finds AVX instructions."""
+    run = subprocess.run(
+        ["objdump", "--disassemble", "--demangle", "--no-show-raw-insn", *map(str, objects)],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    found, function = set(), ""
+    for line in run.stdout.splitlines():
+        if line.endswith(">:"):
+            function = line.split("<", 1)[1][:-2]
+        elif _AVX.search(line):
+            found.add(function)
+    return found
+
+
+def objects_of(isa: str) -> list[Path]:
+    """Those of the last build in this tree."""
+    folder = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}" / "CMakeFiles"
+    found = sorted((folder / f"cpu_{isa}.dir").rglob("*.o"))
+    if not found or shutil.which("objdump") is None or platform.machine() != "x86_64":
+        pytest.skip("needs an x86-64 build in this tree and objdump")
+    return found
+
+
+def test_portable_kernels_are_for_any_processor():
+    assert functions_with_avx(objects_of("portable")) == set()
+
+
+@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+def test_wide_instructions_stand_where_they_are_chosen(isa):
+    """A function of another namespace could be merged with the same one of the portable kernels,
+    which then would not run on a processor without AVX."""
+    found = functions_with_avx(objects_of(isa))
+    assert len(found) > 20, "the disassembly is not read right"
+    assert {name for name in found if f"{isa}::" not in name} == set()
 
 
 @pytest.mark.slow
@@ -85,6 +105,24 @@ def test_install_from_scratch(tmp_path, native):
     run = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert str(tmp_path / "env") in run.stdout, run.stderr
     assert run.stdout.splitlines()[1].split()[1] == ("yes" if native == "1" else "no")
+
+
+@pytest.mark.slow
+def test_source_distribution_builds_and_runs(tmp_path):
+    """From the tree to a wheel by way of the source distribution, compiled, in an empty
+    environment."""
+    built = build(copy_of_sources(tmp_path), tmp_path / "dist", DDPM_FAST_CUDA="OFF")
+    (wheel,) = [path for path in built if path.suffix == ".whl"]
+    python = empty_environment(tmp_path / "env")
+    install_wheel(wheel, python)
+    run = subprocess.run(
+        [python, ROOT / "tests" / "smoke_wheel.py"],
+        cwd=tmp_path, env={"PATH": str(python.parent)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout + run.stderr
+    (module,) = (tmp_path / "env").glob("lib/python*/site-packages/ddpm_fast/_native*.so")
+    linked = subprocess.run(["ldd", module], capture_output=True, text=True).stdout
+    assert "omp" not in linked, linked
 
 
 @pytest.mark.slow
