@@ -36,6 +36,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 IMPATIENT = replace(LIMITS, head_seconds=0.5, body_seconds=0.5, stall_seconds=0.5)
 
 
+def asked_for(service):
+    status = service.status()
+    return status["running"] + status["waiting"]
+
+
 def post(client, **values):
     return client.post("/api/images", json=values)
 
@@ -53,9 +58,9 @@ def test_where_there_is_no_room_it_says_when_to_ask_again():
             assert "no room for 2 images" in message_of(full)
             assert 1 <= int(full.headers["retry-after"]) <= 60
         # none of those two was kept, and one has room
-        assert (service.status()["running"], service.status()["waiting"]) == (2, 3)
+        assert asked_for(service) == 5
         last = in_thread(post, client, seed=1)
-        wait_for(lambda: service.status()["waiting"] == 4)
+        wait_for(lambda: asked_for(service) == 6)
         assert client.get("/api/images/1/0.png?steps=9").status_code == 429
         gate.open()
         assert [first().status_code, last().status_code] == [200, 200]
@@ -129,7 +134,7 @@ def test_what_a_client_that_goes_away_wanted_is_given_up(path):
             raw.post(path, {"count": 6})
         gate.reached()
         count = 1 if path == "GET" else 6
-        assert service.status()["running"] + service.status()["waiting"] == count
+        assert asked_for(service) == count
         raw.socket.close()
         wait_for(lambda: idle(service))  # while the model's call still lasts
         assert service.status()["cancelled"] == count
@@ -145,7 +150,7 @@ def test_what_others_want_is_drawn_once_and_goes_on():
         gate.reached()
         other = in_thread(client.get, "/api/images/5/1.png?class=dog")
         wait_for(lambda: service.requests == 2)
-        assert service.status()["running"] == 2
+        assert asked_for(service) == 2
         raw.socket.close()
         wait_for(lambda: service.status()["cancelled"] == 1)
         gate.open()
@@ -300,7 +305,7 @@ def test_requests_one_after_another_on_a_connection_and_together():
 def test_many_at_once_share_batches():
     with gated() as (gate, service, client):
         waits = [in_thread(post, client, seed=seed) for seed in range(8)]
-        wait_for(lambda: service.status()["running"] + service.status()["waiting"] == 8)
+        wait_for(lambda: asked_for(service) == 8)
         gate.open()
         for seed, wait in enumerate(waits):
             assert np.array_equal(

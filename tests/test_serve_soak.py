@@ -25,7 +25,7 @@ SOAKED = replace(
     LIMITS,
     max_batch=8,
     max_waiting=40,
-    head_seconds=3.0,
+    head_seconds=10.0,
     body_seconds=3.0,
     stall_seconds=3.0,
     max_connections=200,
@@ -233,7 +233,7 @@ def soak(seconds: float, clients: int) -> None:
 
 
 def test_a_crowd():
-    soak(4.0, 24)
+    soak(3.0, 16)
 
 
 @pytest.mark.slow

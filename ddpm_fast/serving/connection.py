@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -16,33 +15,36 @@ _SWEEP_SECONDS = 0.25
 
 
 class Connection(H11Protocol):
-    """uvicorn's, that knows since when it waits for its client.
+    """uvicorn's, that knows how long it has waited for its client.
+
+    It is told so by :func:`sweep`: a second in which the event loop had no time to look at sockets
+    is not the client's.
 
     Attributes:
-        head_since: for a request's head; None: it has come, and is being answered.
-        stalled_since: for room in the socket's buffer; None: there is.
+        head: seconds that a request's head was waited for; None: it has come, and is answered.
+        stall: seconds that there was no room in the socket's buffer; None: there is.
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if self.limit_concurrency and len(self.connections) > 2 * self.limit_concurrency:
             transport.abort()  # from limit_concurrency on they are told so
-        self.head_since: float | None = time.monotonic()
-        self.stalled_since: float | None = None
+        self.head: float | None = 0.0
+        self.stall: float | None = None
         self._begun = False  # a head that is not there yet
 
     def data_received(self, data: bytes) -> None:
-        if self.head_since is not None and not self._begun:
-            self._begun, self.head_since = True, time.monotonic()
+        if self.head is not None and not self._begun:
+            self._begun, self.head = True, 0.0
         super().data_received(data)
 
     def handle_events(self) -> None:
         super().handle_events()
         if self.cycle is not None and not self.cycle.response_complete:
-            self.head_since, self._begun = None, False
+            self.head, self._begun = None, False
 
     def on_response_complete(self) -> None:
-        self.head_since, self._begun = time.monotonic(), bool(self.conn.trailing_data[0])
+        self.head, self._begun = 0.0, bool(self.conn.trailing_data[0])
         super().on_response_complete()
 
     def send_400_response(self, msg: str) -> None:
@@ -65,33 +67,34 @@ class Connection(H11Protocol):
         self.transport.close()
 
     def pause_writing(self) -> None:
-        self.stalled_since = time.monotonic()
+        self.stall = 0.0
         super().pause_writing()
 
     def resume_writing(self) -> None:
-        self.stalled_since = None
+        self.stall = None
         super().resume_writing()
 
-    def look(self, limits: Limits, now: float) -> None:
-        """Cuts it if its client was waited for too long."""
+    def waited(self, seconds: float, limits: Limits) -> None:
+        """For its client; it is cut where that is too long."""
         if self.transport.is_closing():
-            if self.stalled_since is None:  # for what is still in the buffer
-                self.stalled_since = now
-        elif self.head_since is not None and now - self.head_since > limits.head_seconds:
-            if self._begun:
+            self.stall = self.stall or 0.0  # for what is still in the buffer
+        elif self.head is not None:
+            self.head += seconds
+            if self.head > limits.head_seconds and self._begun:
                 late = f"the request was not there within {limits.head_seconds:g} s"
                 self._refuse(408, "Request Timeout", late)
-            else:
+            elif self.head > limits.head_seconds:
                 self.transport.close()
-        if self.stalled_since is not None and now - self.stalled_since > limits.stall_seconds:
-            self.transport.abort()
+        if self.stall is not None:
+            self.stall += seconds
+            if self.stall > limits.stall_seconds:
+                self.transport.abort()
 
 
 async def sweep(connections: set[Any], limits: Limits) -> None:
-    """Looks at all connections of a server, for ever."""
+    """Tells all connections of a server how long they have waited, for ever."""
     pause = min(_SWEEP_SECONDS, limits.head_seconds / 4, limits.stall_seconds / 4)
     while True:
         await asyncio.sleep(pause)
-        now = time.monotonic()
         for connection in list(connections):
-            connection.look(limits, now)
+            connection.waited(pause, limits)

@@ -40,8 +40,17 @@ export async function* live(asked, signal) {
     text += value;
     const lines = text.split("\n");
     text = lines.pop();
-    for (const line of lines) yield JSON.parse(line);
+    for (const line of lines) yield exact(JSON.parse(line));
   }
+}
+
+/** Seeds and numbers of images as strings: a number has 53 bits; their address has them all. */
+function exact(event) {
+  for (const told of event.event === "begin" ? event.images : []) {
+    [, told.seed, told.id] = /(\d+)\/(\d+)\.png/.exec(told.url);
+    told.url = told.url.slice(1); // from where the page is, behind a proxy too
+  }
+  return event;
 }
 
 /** "0-3, 7" as ["0", "1", "2", "3", "7"]: strings, for numbers of more than 53 bits. */

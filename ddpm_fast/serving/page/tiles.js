@@ -61,7 +61,7 @@ class Tile {
   }
 
   end(kind, message) {
-    if (this.final) return;
+    if (this.final || this.element.matches(".failed, .cancelled")) return;
     this.element.classList.remove("waiting");
     this.element.classList.add(kind);
     this.element.querySelector(".address").textContent = message;
@@ -101,7 +101,7 @@ class Tile {
   }
 
   async #copied() {
-    const url = new URL(this.told.url, location.href).href;
+    const url = new URL(this.told.url, document.baseURI).href;
     try {
       await navigator.clipboard.writeText(url);
     } catch {
