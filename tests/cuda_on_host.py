@@ -18,6 +18,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from filelock import FileLock
 
 from ddpm_fast.backends import native
 from ddpm_fast.ops.group_norm_silu_run import cuda_chunks
@@ -49,14 +50,14 @@ def load() -> ModuleType:
     for source in sources:
         digest.update(source.read_bytes())
     library = ROOT / "build" / "tests" / f"cuda_on_host-{digest.hexdigest()[:16]}.so"
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        includes = [f"-I{path}" for path in (sysconfig.get_path("include"), pybind11.get_include())]
-        partial = library.with_suffix(f".{os.getpid()}")
-        subprocess.run(
-            [*shlex.split(compiler), *flags, *includes, str(SOURCE), "-o", str(partial)], check=True
-        )
-        partial.rename(library)
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(library.with_suffix(".lock")):  # processes share the work, and want one each
+        if not library.exists():
+            include = [sysconfig.get_path("include"), pybind11.get_include()]
+            partial = library.with_suffix(".partial")
+            command = [*shlex.split(compiler), *flags, *(f"-I{path}" for path in include)]
+            subprocess.run([*command, str(SOURCE), "-o", str(partial)], check=True)
+            partial.rename(library)
     spec = importlib.util.spec_from_file_location("cuda_on_host._native", library)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
