@@ -421,6 +421,8 @@ def _log_with_last_replaced(variance: Tensor, betas: Tensor) -> Tensor:
 def _positive(num_steps: int) -> int:
     if integer("num_steps", num_steps) < 1:
         raise ValueError(f"num_steps must be an integer of at least 1; got {num_steps!r}")
+    if num_steps > MAX_NUM_STEPS:  # before so many are made
+        raise ValueError(f"num_steps must be at most 2^24; got {num_steps}")
     return num_steps
 
 

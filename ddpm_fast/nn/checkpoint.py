@@ -13,7 +13,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -30,6 +30,7 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _AN_HOUR = 3600.0  # seconds
 
 _Config = TypeVar("_Config")
+_Model = TypeVar("_Model", bound=nn.Module)
 
 
 def write_bytes(path: Path, *parts: bytes | memoryview) -> None:
@@ -156,31 +157,52 @@ def load_config(
         raise ValueError(f"{path} does not configure a {architecture}: {error}") from error
 
 
-def load_weights(directory: str | os.PathLike[str], model: nn.Module) -> None:
-    """Fills ``model``; every tensor of it must be there, of its shape, and no other."""
+def load_weights(directory: str | os.PathLike[str], shapes: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a model, of which ``shapes`` has those that must be there, and no others."""
     from safetensors import safe_open
 
     path = _existing(directory, WEIGHTS)
     tensors = read_safetensors(path)
     with safe_open(path, framework="pt") as file:
         written_with = (file.metadata() or {}).get("config_sha256")
-    check(path, tensors, {name: tensor.shape for name, tensor in _state(model).items()})
+    check(path, tensors, {name: tensor.shape for name, tensor in _state(shapes).items()})
     # Of the config as it stands there: that of an earlier version has fewer fields.
     if written_with != _digest(read_json(_existing(directory, CONFIG))["config"]):
         raise ValueError(
             f"{path} and {CONFIG} were not saved together: was a save interrupted, or the config "
             "edited?"
         )
-    if dtype := common_dtype(tensors):
-        model.to(dtype)
+    return tensors
+
+
+def skeleton(architecture: Callable[[_Config], _Model], config: _Config, source: object) -> _Model:
+    """A model without memory: a damaged config's would be of any size, and its weights, which
+    :func:`check` compares with it, have that of their file.
+
+    Raises:
+        ValueError: tensors so large that they have no size.
+    """
+    try:
+        with torch.device("meta"):
+            return architecture(config)
+    except (RuntimeError, TypeError, OverflowError) as error:
+        reason = str(error).split("\n", 1)[0]
+        raise ValueError(f"{source} describes a model that cannot be made: {reason}") from error
+
+
+def fill(model: _Model, tensors: Mapping[str, Tensor], device: torch.device | str) -> _Model:
+    """Gives a skeleton its memory and its weights: of their own dtype where they have one."""
+    model.to_empty(device=device)
+    model.to(common_dtype(tensors) or torch.float32)
     model.load_state_dict(tensors)
+    return model
 
 
 def read_json(path: Path) -> Any:
     """What a file holds; ValueError where it is no JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # a number, or nesting, without end
         raise ValueError(f"{path} is not JSON (cut short?): {error}") from error
 
 

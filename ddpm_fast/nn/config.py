@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Literal
 
 DownKind = Literal["conv", "resblock", "pool"]
@@ -10,6 +11,17 @@ UpKind = Literal["conv", "resblock", "nearest"]
 Middle = Literal["attention", "residual", "none"]
 _KINDS = {"downsample": ("conv", "resblock", "pool"), "upsample": ("conv", "resblock", "nearest")}
 _MIDDLES = ("attention", "residual", "none")
+_INTEGERS = (
+    *("image_size", "in_channels", "out_channels", "num_res_blocks", "num_heads", "num_classes"),
+    *("norm_groups", "time_channels", "embedding_channels", "freq_shift", "downsample_padding"),
+    *("head_channels", "num_heads_up", "middle_norm_groups"),
+)
+_SIDES = ("channels", "attention_resolutions", "attention_up_resolutions")
+_OPTIONAL = (
+    *("out_channels", "num_classes", "time_channels", "embedding_channels", "head_channels"),
+    *("num_heads_up", "middle_norm_groups", "attention_up_resolutions"),
+)
+_MOST_BLOCKS = 1000  # at a resolution: a damaged number would be built for ever
 
 
 @dataclass(frozen=True)
@@ -82,6 +94,7 @@ class UNetConfig:
         for name in (*sequences, "attention_up_resolutions"):  # JSON has lists
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+        self._check_types()
         for name in ("image_size", "in_channels", "num_res_blocks", "num_heads", "norm_groups"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
@@ -94,12 +107,41 @@ class UNetConfig:
         ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, or None; got {getattr(self, name)}")
+        if self.num_res_blocks > _MOST_BLOCKS:
+            raise ValueError(
+                f"num_res_blocks must be at most {_MOST_BLOCKS}; got {self.num_res_blocks}"
+            )
         self._check_levels()
         self._check_attention()
         self._check_embedding()
         for name in ("dropout", "label_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must lie in [0, 1); got {getattr(self, name)}")
+
+    def _check_types(self) -> None:
+        """A file may hold anything; what else is compared with numbers."""
+        for name in (*_INTEGERS, *_SIDES):
+            value = getattr(self, name)
+            if value is None and name in _OPTIONAL:
+                continue
+            for number in value if name in _SIDES else (value,):
+                if isinstance(number, bool) or not isinstance(number, Integral):
+                    raise TypeError(f"{name} must be of integers; got {value!r}")
+                if abs(number) >= 1 << 31:
+                    raise ValueError(f"{name} must be below 2^31; got {number}")
+        for name in ("dropout", "label_dropout", "norm_eps"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise TypeError(f"{name} must be a number; got {value!r}")
+        if not 0 <= float(self.norm_eps) < float("inf"):
+            raise ValueError(f"norm_eps must be finite and at least 0; got {self.norm_eps}")
+        for name in ("cosine_first", "scale_shift", "null_class"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False; got {getattr(self, name)!r}")
+        for name in (*_KINDS, "middle"):
+            value = getattr(self, name)
+            if not all(isinstance(kind, str) for kind in (value if name in _KINDS else (value,))):
+                raise TypeError(f"{name} must be of strings; got {value!r}")
 
     def _check_levels(self) -> None:
         if not self.channels:

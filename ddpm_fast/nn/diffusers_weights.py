@@ -39,8 +39,10 @@ def load(
         options, tensors = dict(model.config), _tensors(model)
     try:
         config = config_of(options, image_size=image_size, null_class=null_class)
-    except TypeError as error:
+    except (IndexError, TypeError) as error:
         raise ValueError(f"{what}'s config cannot be read: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from error
     tensors = {_RENAMED.sub(_renamed, name): tensor for name, tensor in tensors.items()}
     return build(cls, config, _place, tensors, what, share)
 

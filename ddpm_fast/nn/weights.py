@@ -50,8 +50,7 @@ def build(
         ValueError: tensors that are missing, unknown or of another shape, in their names; names
             that all begin with something that is none of theirs.
     """
-    with torch.device("meta"):
-        model = cls(config)
+    model = checkpoint.skeleton(cls, config, source)
     places = {name: place(name) for name in model.state_dict()}
     shapes = {}
     for name, tensor in model.state_dict().items():
@@ -61,11 +60,11 @@ def build(
         shapes.update(dict.fromkeys(theirs.names, shape))
     tensors = _unwrapped(source, tensors, shapes)
     checkpoint.check(source, tensors, shapes)
-    if not share:
-        model.to_empty(device=next(iter(tensors.values())).device)
-        model.to(checkpoint.common_dtype(tensors) or torch.float32)
     ours = {name: _ours(theirs, tensors) for name, theirs in places.items()}
-    model.load_state_dict(ours, assign=share)
+    if share:
+        model.load_state_dict(ours, assign=True)
+    else:
+        checkpoint.fill(model, ours, next(iter(tensors.values())).device)
     return model.eval()
 
 
@@ -109,8 +108,9 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
                 f"{path} is no whole file of tensors: it was cut short, or holds other objects, "
                 "which are not loaded, since they could run code"
             ) from error
-        except (EOFError, KeyError, OSError, RuntimeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not a whole file of torch.save: {error}") from error
+        except Exception as error:  # torch's reader of pickles has every kind of them
+            reason = str(error).split("\n", 1)[0] or type(error).__name__
+            raise ValueError(f"{path} is not a whole file of torch.save: {reason}") from error
     if not isinstance(found, dict) or not found:
         raise ValueError(f"{path} holds no state dict, but {type(found).__name__}")
     return tensors_of(path, found)

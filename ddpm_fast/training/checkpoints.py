@@ -165,9 +165,9 @@ def verify(folder: Path, files: Iterable[str] = FILES) -> dict[str, Any]:
             )
         raise CheckpointError(f"{folder} is no checkpoint of a run: {STATE} is missing")
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not JSON (cut short?): {error}") from error
+        state = weights.read_json(path)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"{path} does not describe a checkpoint of a ddpm_fast run")
     version = state.get("format_version")
@@ -177,17 +177,23 @@ def verify(folder: Path, files: Iterable[str] = FILES) -> dict[str, Any]:
             f"{path} has format version {version}; this ddpm_fast reads version {FORMAT_VERSION}"
             f"{': take a later ddpm_fast' if newer else ''}"
         )
+    for counter in ("step", "samples"):
+        if type(state.get(counter)) is not int or state[counter] < 0:
+            raise CheckpointError(f"{path} does not count {counter}: {state.get(counter)!r}")
+    listed, names = state.get("files"), state.get("class_names")
+    if names is not None and not (isinstance(names, list) and all(type(n) is str for n in names)):
+        raise CheckpointError(f"{path} does not name classes: {names!r}")
     for file in files:
-        expected = state.get("files", {}).get(file)
-        if not isinstance(expected, dict):
+        expected = listed.get(file) if isinstance(listed, dict) else None
+        if not isinstance(expected, dict) or type(expected.get("bytes")) is not int:
             raise CheckpointError(f"{path} does not list {file}")
         if not (folder / file).is_file():
             raise CheckpointError(f"{folder / file} is missing")
         size = (folder / file).stat().st_size
-        if size != expected.get("bytes"):
+        if size != expected["bytes"]:
             raise CheckpointError(
-                f"{folder / file} has {size:,} bytes instead of {expected.get('bytes'):,}: it was "
-                "cut short"
+                f"{folder / file} has {size:,} bytes instead of {expected['bytes']:,}: it was cut "
+                "short"
             )
         if _fingerprint(folder / file) != expected:
             raise CheckpointError(f"{folder / file} is damaged: its SHA-256 is not {STATE}'s")
@@ -200,25 +206,33 @@ def read_checkpoint(folder: Path) -> Snapshot:
     Raises:
         CheckpointError: as :func:`verify`.
     """
-    from safetensors.torch import load_file
-
     state = verify(folder)
     for name in ("format", "format_version", "files"):
         del state[name]
     config = _config(folder, state.pop("config", None))
     averages: dict[float, dict[str, Tensor]] = {rate: {} for rate in config.ema_rates}
-    for name, tensor in load_file(folder / AVERAGES).items():
+    of_rate = {repr(rate): tensors for rate, tensors in averages.items()}
+    for name, tensor in _tensors(folder / AVERAGES).items():
         rate, _, parameter = name.partition("/")
-        averages[float(rate)][parameter] = tensor
+        if rate not in of_rate:
+            raise CheckpointError(f"{folder / AVERAGES} has averages of {rate}, and {STATE} not")
+        of_rate[rate][parameter] = tensor
     return Snapshot(
         config,
         state.pop("step"),
         state.pop("samples"),
-        load_file(folder / weights.WEIGHTS),
+        _tensors(folder / weights.WEIGHTS),
         averages,
-        load_file(folder / OPTIMIZER),
+        _tensors(folder / OPTIMIZER),
         state,
     )
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return weights.read_safetensors(path)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def newest_whole(checkpoints: Path) -> tuple[Path | None, dict[Path, str]]:
@@ -285,7 +299,7 @@ def load_model(
         CheckpointError: a checkpoint that is cut short, or a folder of another kind.
         ValueError: no average of that rate.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     folder = _checkpoint_of(Path(path))
     try:
@@ -298,11 +312,16 @@ def load_model(
         state = verify(folder, (file,))
     except CheckpointError as error:
         raise type(error)(f"{error}{last_good(folder.parent)}") from error
-    model = UNet(config.unet)
-    with safe_open(folder / file, framework="pt") as tensors:
-        names = [name for name in tensors.keys() if name.startswith(prefix)]  # noqa: SIM118
-        model.load_state_dict({n.removeprefix(prefix): tensors.get_tensor(n) for n in names})
-    return LoadedModel(model.eval(), config, state["step"], folder, state.get("class_names"))
+    try:
+        model = weights.skeleton(UNet, config.unet, folder / STATE)
+        with safe_open(folder / file, framework="pt") as tensors:
+            names = [name for name in tensors.keys() if name.startswith(prefix)]  # noqa: SIM118
+            found = {n.removeprefix(prefix): tensors.get_tensor(n) for n in names}
+        weights.check(folder / file, found, {n: t.shape for n, t in model.state_dict().items()})
+    except (SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{folder} holds no model: {error}") from error
+    model = weights.fill(model, found, "cpu").eval()
+    return LoadedModel(model, config, state["step"], folder, state.get("class_names"))
 
 
 def _checkpoint_of(path: Path) -> Path:

@@ -310,7 +310,9 @@ def parse_json(text: str) -> Any:
 
     try:
         return json.loads(text, parse_constant=refuse)
-    except json.JSONDecodeError as error:
+    except ConfigError:
+        raise
+    except (ValueError, RecursionError) as error:  # a number, or nesting, without end
         raise ConfigError(f"not JSON (cut short?): {error}") from error
 
 

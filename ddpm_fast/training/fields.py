@@ -71,7 +71,10 @@ def _read_value(kind: Any, value: Any, name: str) -> Any:
             raise ConfigError(f"{name} must have {len(arguments)} elements; got {list(value)}")
         return tuple(_read_value(inner, item, f"{name}[{i}]") for i, item in enumerate(value))
     if kind is float and type(value) is int:
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError:
+            raise ConfigError(f"{name} must be finite; got an integer beyond all floats") from None
     if type(value) is not kind:
         raise ConfigError(f"{name} must be {_KINDS[kind]}; got {_shown(value)}")
     if kind is float and not math.isfinite(value):
