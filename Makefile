@@ -9,7 +9,7 @@ LUCIDRAINS := denoising-diffusion-pytorch==2.3.4 pytorch-fid==0.3.0
 SOURCES := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 FORMATTED := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
 
-.PHONY: install demo test test-long bench gpu-check lint format typecheck clean
+.PHONY: install demo test test-long docs bench gpu-check lint format typecheck clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.built
@@ -36,6 +36,10 @@ test: install
 # What takes longer: the whole demo, builds from scratch.
 test-long: install
 	$(BIN)/python -m pytest -m slow
+
+# The documentation's site, in build/site.
+docs: install
+	$(BIN)/mkdocs build --strict
 
 bench: install
 	$(BIN)/python -m pytest benchmarks --benchmark-only --results benchmarks/results
