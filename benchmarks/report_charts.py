@@ -22,7 +22,7 @@ from report_data import (
 )
 from results import OURS
 
-DRAWN = 2  # raised when drawings of the same chart change
+DRAWN = 3  # raised when drawings of the same chart change
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Bars:
-    """Horizontal bars, from zero; on a logarithmic axis from 1, as ratios have it."""
+    """Horizontal bars: of times, from zero; of ratios, from 1 on a logarithmic axis."""
 
     panels: tuple[Panel, ...]
     axis: str
@@ -68,6 +68,7 @@ class Lines:
     y_axis: str
     x_ticks: tuple[tuple[float, str], ...] = ()
     y_log: bool = False
+    joined: bool = True
     level: tuple[str, float] | None = None
     slope: tuple[str, float] | None = None  # y = value · x, as well
 
@@ -105,20 +106,20 @@ def power(exponent: int) -> str:
 
 def intensity(device: Device) -> Lines | None:
     """GFLOP/s against the floating-point operations a byte, where both are known."""
-    found: dict[str, dict[float, float]] = {}
+    found: dict[str, list[tuple[float, float]]] = {}
     for row in device.measured:
         if row.get("flops") and row.get("bytes"):
             rate = row["flops"] / row["microseconds"][OURS] / 1e3
-            found.setdefault(row["op"], {})[row["flops"] / row["bytes"]] = rate
+            found.setdefault(row["op"], []).append((row["flops"] / row["bytes"], rate))
     if not found or not device.copy:
         return None
-    lines = tuple(Line(op, tuple(sorted(points.items()))) for op, points in found.items())
     return Lines(
-        lines,
+        tuple(Line(op, tuple(sorted(points))) for op, points in found.items()),
         "floating-point operations a byte",
         "GFLOP/s",
-        tuple((10.0**k, f"{10.0**k:g}") for k in range(-2, 6)),
+        tuple((float(f"{k}e{e}"), f"{float(f'{k}e{e}'):g}") for e in range(-2, 6) for k in (1, 3)),
         y_log=True,
+        joined=False,
         slope=("memory's limit", device.copy[-1]),
     )
 

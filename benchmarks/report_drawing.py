@@ -20,6 +20,7 @@ MARKERS = "osD^vPX"
 WIDTH = 5.4  # inches: text of 9 points is still read on a phone
 LETTER = 0.068  # inches, of the widest font that a reader may have
 BAR, LINE, GAP, HEAD, FOOT = 0.155, 0.15, 0.11, 0.30, 0.46
+TICKS = 0.22
 LABEL = 24  # letters
 
 
@@ -62,22 +63,23 @@ def new_figure(height: float) -> Any:
 
 
 def draw_bars(chart: Bars) -> Any:
-    """Panels below each other on one axis; each bar says at its end what it is."""
-    panels = chart.panels
+    """Panels below each other, ratios on one axis and times each on their own; each bar says at its
+    end what it is."""
+    panels, ticks_below = chart.panels, 0.0 if chart.log else TICKS
     heights = [
         sum(tall(group) for group in panel.groups) + GAP * (len(panel.groups) + 1)
         for panel in panels
     ]
-    total = sum(heights) + HEAD * len(panels) + FOOT
+    total = sum(heights) + (HEAD + ticks_below) * len(panels) - ticks_below + FOOT
     figure = new_figure(total)
     groups = [group for panel in panels for group in panel.groups]
     left = 0.12 + LETTER * max(len(line) for group in groups for line in wrapped(group.label))
     width = WIDTH - left - 0.1
-    bars = [bar for group in groups for bar in group.bars]
-    low, high = limits(bars, width, chart.log)
     top = total
     for panel, height in zip(panels, heights, strict=True):
         top -= HEAD + height
+        shown = groups if chart.log else panel.groups
+        low, high = limits([bar for group in shown for bar in group.bars], width, chart.log)
         axes = figure.add_axes((left / WIDTH, top / total, width / WIDTH, height / total))
         figure.text(
             0.1 / WIDTH, (top + height + 0.07) / total, panel.title, weight="bold", va="baseline"
@@ -85,12 +87,13 @@ def draw_bars(chart: Bars) -> Any:
         draw_panel(axes, panel, chart.log, height)
         axes.set_xscale("log" if chart.log else "linear")
         axes.set_xlim(low, high)
-        last = panel is panels[-1]
+        named = panel is panels[-1] or not chart.log
         ticks = ratio_ticks(low, high) if chart.log else linear_ticks(high)
         labels = [f"{tick:g}×" if chart.log else duration(tick, 0) for tick in ticks]
-        axes.set_xticks(ticks, labels if last else [""] * len(ticks))
+        axes.set_xticks(ticks, labels if named else [""] * len(ticks))
         axes.minorticks_off()
         axes.grid(axis="x", color=light("grid"), linewidth=0.7)
+        top -= ticks_below
     middle = (left + width / 2) / WIDTH
     figure.text(middle, 0.07 / total, chart.axis, color=light("muted"), ha="center")
     return figure
@@ -158,7 +161,7 @@ def limits(bars: list[Any], width: float, log: bool) -> tuple[float, float]:
 
 def ratio_ticks(low: float, high: float) -> list[float]:
     digits = (1, 2, 5) if high / low < 150 else (1, 3) if high / low < 1000 else (1,)
-    return [k * 10.0**e for e in range(-3, 6) for k in digits if low <= k * 10.0**e <= high]
+    return [k * 10.0**e for e in range(-7, 9) for k in digits if low <= k * 10.0**e <= high]
 
 
 def linear_ticks(high: float) -> list[float]:
@@ -186,7 +189,10 @@ def draw_lines(chart: Lines) -> Any:
         top = max([*values, *([chart.level[1]] if chart.level else [])])
         axes.set_ylim(0, 1.12 * top)
     else:
-        axes.set_ylim(min(values) / 1.5, max(values) * 1.5)
+        reached = [*values, *([chart.slope[1] * max(xs)] if chart.slope else [])]
+        low, high = min(values) / 1.5, max(reached) * 1.5
+        axes.set_ylim(low, high)
+        axes.set_yticks(ratio_ticks(low, high))
     ends = []
     for index, line in enumerate(chart.lines):
         shade = line_colour(chart, index)
@@ -195,7 +201,7 @@ def draw_lines(chart: Lines) -> Any:
             color=shade,
             marker=MARKERS[index % len(MARKERS)],
             markersize=4,
-            linewidth=2.2 if line.name == OURS else 1.5,
+            linewidth=2.2 if line.name == OURS else 1.5 if chart.joined else 0,
             dashes=next((d for word, d in DASHES.items() if word in line.name), (None, None)),
         )
         ends.append((*line.points[-1], line.name, shade))
@@ -243,13 +249,16 @@ def across(axes: Any, chart: Lines) -> None:
         name, factor = chart.slope
         ends = axes.get_xlim()
         axes.plot(ends, [factor * x for x in ends], **dashed)
+        axes.set_xlim(ends)
+        x = ends[0] * (ends[1] / ends[0]) ** 0.75
         axes.annotate(
             f"{name}, {significant(factor)} GB/s",
-            (ends[0], factor * ends[0]),
-            (3, 6),
+            (x, factor * x),
+            (-6, 6),
             textcoords="offset points",
             color=light("muted"),
             fontsize=8,
+            ha="right",
         )
 
 

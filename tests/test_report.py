@@ -294,6 +294,17 @@ def test_intensity_where_operations_are_known(tmp_path):
     assert chart.slope == ("memory's limit", 40.0)
 
 
+def test_every_kind_of_chart_is_drawn(tmp_path):
+    """What no device of today has, too."""
+    from report_drawing import svg
+
+    rows = [row("conv float32", [n, 3, 32, 32], 10.0 * n, flops=36864 * n) for n in (1, 4)]
+    save(tmp_path, "CPU", rows)
+    text = svg(charts.intensity(read_devices(tmp_path)[0]), "")
+    assert "memory's limit, 40.0 GB/s" in text
+    assert "floating-point operations a byte" in text
+
+
 def test_baselines_are_others(tmp_path):
     rows = steps(2, eager=99.0)
     rows[0]["microseconds"] |= {"our float32": 9.0, "reference": 9999.0, "torch.compile": 80.0}
