@@ -182,6 +182,15 @@ def _named(folder: Path, kind: str) -> dict[str, Any] | None:
         raise ValueError(f"{path} is a state of kind {found['kind']!r}, not {kind!r}")
     if found.pop("sha256", None) != _digest(found):
         raise ValueError(f"{path} was edited, or is damaged: its SHA-256 is not the one it names")
+    named = found.get("tensors")
+    if not (
+        isinstance(found.get("description"), dict)
+        and isinstance(named, dict)
+        and isinstance(named.get("file"), str)
+        and _TENSORS.fullmatch(named["file"])
+        and type(named.get("bytes")) is int
+    ):
+        raise ValueError(f"{path} describes no state, or names no file of its tensors")
     return found
 
 
@@ -193,7 +202,7 @@ def _count(named: Mapping[str, Any]) -> int:
 
 def _tensors(folder: Path, expected: Mapping[str, Any]) -> dict[str, Tensor]:
     """Of the bytes that were verified."""
-    load = _safetensors().load
+    safetensors = _safetensors()
     path = folder / expected["file"]
     try:
         data = path.read_bytes()
@@ -205,12 +214,15 @@ def _tensors(folder: Path, expected: Mapping[str, Any]) -> dict[str, Tensor]:
         )
     if _sha256(data) != expected["sha256"]:
         raise ValueError(f"{path} is damaged: its SHA-256 is not {STATE}'s")
-    found: dict[str, Tensor] = load(data)
+    try:
+        found: dict[str, Tensor] = safetensors.torch.load(data)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
     return found
 
 
 def _as_safetensors(tensors: Mapping[str, Tensor]) -> bytes:
-    save = _safetensors().save
+    save = _safetensors().torch.save
     storages: set[int] = set()
     dense = {}
     for name, tensor in tensors.items():
@@ -231,7 +243,7 @@ def _safetensors() -> Any:
         import safetensors.torch
     except ImportError as error:
         raise ImportError("saving a state needs safetensors: pip install safetensors") from error
-    return safetensors.torch
+    return safetensors
 
 
 def _sha256(data: bytes) -> str:

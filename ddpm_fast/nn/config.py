@@ -127,7 +127,7 @@ class UNetConfig:
             for number in value if name in _SIDES else (value,):
                 if isinstance(number, bool) or not isinstance(number, Integral):
                     raise TypeError(f"{name} must be of integers; got {value!r}")
-                if abs(number) >= 1 << 31:
+                if abs(int(number)) >= 1 << 31:
                     raise ValueError(f"{name} must be below 2^31; got {number}")
         for name in ("dropout", "label_dropout", "norm_eps"):
             value = getattr(self, name)

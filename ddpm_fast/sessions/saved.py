@@ -7,12 +7,13 @@ once, however many samples share it.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..ops.checks import MAX_INDEX, as_int, finite
 from ..sample_state import check_same
 from ..states import read_state, write_state
 from .flight import Flyer
@@ -50,8 +51,14 @@ def save(
     write_state(folder, KIND, {"sampler": dict(description), "samples": samples}, tensors.by_name)
 
 
-def load(folder: str | os.PathLike[str], description: Mapping[str, str]) -> list[Flyer]:
+def load(
+    folder: str | os.PathLike[str],
+    description: Mapping[str, str],
+    ends: Callable[[int | None], tuple[int, int]],
+) -> list[Flyer]:
     """What :func:`save` wrote, for what draws the same. What shared a tensor then does so again.
+
+    ends: how many steps the trajectory of so many has, first.
 
     Raises:
         FileNotFoundError: the folder holds no state.
@@ -62,23 +69,47 @@ def load(folder: str | os.PathLike[str], description: Mapping[str, str]) -> list
     if found is None:
         raise FileNotFoundError(f"{os.fspath(folder)} holds no state of a session")
     saved, by_name = found
+    if not isinstance(saved, dict) or not isinstance(saved.get("sampler"), dict):
+        raise ValueError(f"{os.fspath(folder)} describes no sampler of a session")
     check_same(folder, saved["sampler"], description)
     tensors = _Placed(by_name)
-    flyers = []
-    for sample in saved["samples"]:
-        flyers.append(
-            Flyer(
-                sample["seed"],
-                sample["sample_id"],
-                sample["num_steps"],
-                _decoded(sample["model_kwargs"], tensors),
-                _decoded(sample["uncond_kwargs"], tensors),
-                sample["guidance_scale"],
-                sample["row"],
-                None if sample["x"] is None else by_name[sample["x"]],
-            )
-        )
-    return flyers
+    try:
+        return [_flyer(sample, by_name, tensors, ends) for sample in saved["samples"]]
+    # Its digest fits, so somebody has written it: there may be anything
+    except (AttributeError, KeyError, RecursionError, RuntimeError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"{os.fspath(folder)} describes no samples of a session: {reason}"
+        ) from error
+
+
+def _flyer(
+    sample: Mapping[str, Any],
+    by_name: Mapping[str, Tensor],
+    tensors: _Placed,
+    ends: Callable[[int | None], tuple[int, int]],
+) -> Flyer:
+    num_steps, scale = sample["num_steps"], sample["guidance_scale"]
+    if num_steps is not None:
+        num_steps = as_int("num_steps", num_steps, MAX_INDEX + 1)
+    row = as_int("row", sample["row"], ends(num_steps)[0] + 1)
+    if row and sample["x"] is None:
+        raise ValueError(f"a sample at row {row} has no state")
+    kwargs, uncond = (_decoded(sample[f"{kind}_kwargs"], tensors) for kind in ("model", "uncond"))
+    if not isinstance(kwargs, dict) or not (uncond is None or isinstance(uncond, dict)):
+        raise TypeError("keyword arguments are a dictionary")
+    if (scale is None) != (uncond is None):
+        raise ValueError("guidance takes a scale and arguments, both or neither")
+    return Flyer(
+        as_int("seed", sample["seed"], 1 << 64),
+        as_int("sample_id", sample["sample_id"], 1 << 63),
+        num_steps,
+        kwargs,
+        uncond,
+        None if scale is None else finite("guidance_scale", scale),
+        row,
+        None if sample["x"] is None else by_name[sample["x"]],
+    )
 
 
 class _Tensors:

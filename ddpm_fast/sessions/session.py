@@ -225,7 +225,12 @@ class Session:
         with self._worker.paused():
             description = self._settings.run(self._flight.description)
         handles, unfinished = [], []
-        for flyer in saved.load(folder, description):
+        for flyer in saved.load(folder, description, self._flight.lanes.ends):
+            if flyer.x is not None and list(flyer.x.shape) != self._flight.shape:
+                raise ValueError(
+                    f"{os.fspath(folder)} holds a sample of shape {list(flyer.x.shape)}, which is "
+                    f"{self._flight.shape} here"
+                )
             flyer.given = self._settings.event()
             handle = Handle(self._book, flyer, *self._flight.lanes.ends(flyer.num_steps))
             handles.append(handle)
