@@ -257,10 +257,14 @@ def sessions(device: Device) -> str:
             f"({duration(row['p95_milliseconds'][name] / 1e3, 2)})"
             for name in names
         ]
-        body.append(
-            [kind, load, *cells, *(ratio_cell(row, name) for name in names if name != OURS)]
-        )
-    head = ["requests for", "load", *(heads.get(name, name) for name in names), "median, by ours"]
+        ratios = [ratio_cell(row, name) for name in names if name != OURS]
+        body.append([kind, load, *cells, *ratios])
+    head = [
+        "requests for",
+        "load",
+        *(heads.get(name, name) for name in names),
+        "its median, by ours",
+    ]
     return written(head, body, device.source(rows))
 
 
