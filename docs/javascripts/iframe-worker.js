@@ -4,6 +4,7 @@ if (location.protocol === "file:") {
   window.Worker = class extends EventTarget {
     constructor(url) {
       super();
+      this.url = new URL(url, location);
       this.waiting = [];
       const frame = document.createElement("iframe");
       frame.hidden = true;
@@ -12,7 +13,7 @@ if (location.protocol === "file:") {
       this.inner.importScripts = (...urls) =>
         urls.reduce((before, next) => before.then(() => this.load(next)), Promise.resolve());
       this.inner.postMessage = (data) => this.dispatchEvent(new MessageEvent("message", { data }));
-      this.load(url).then(() => {
+      this.load(this.url).then(() => {
         for (const data of this.waiting.splice(0)) this.deliver(data);
         this.waiting = null;
       });
@@ -21,7 +22,8 @@ if (location.protocol === "file:") {
     load(url) {
       return new Promise((resolve, reject) => {
         const script = this.inner.document.createElement("script");
-        Object.assign(script, { src: url, onload: resolve, onerror: reject });
+        // as in a worker, the scripts that it imports lie beside its own
+        Object.assign(script, { src: new URL(url, this.url), onload: resolve, onerror: reject });
         this.inner.document.body.append(script);
       });
     }
