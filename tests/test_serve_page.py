@@ -112,7 +112,7 @@ def test_images_are_drawn_live_and_end_as_those_of_programs(open_page):
         assert page.locator("#cancel").is_disabled()
         for tile, i in enumerate((4711, 4712, 7)):
             assert picture(page, tile) == shown(pixels_of(2**64 - 1, i, 3, 20))
-            caption = tiles.nth(tile).inner_text()
+            caption = tiles.nth(tile).inner_text().replace("\u00a0", " ")
             for part in (f"Image {i}", "class a bird", f"seed {2**64 - 1}", "20 steps"):
                 assert part in caption
             with page.expect_download() as download:
@@ -179,6 +179,7 @@ def test_a_cancelled_request_is_given_up(open_page):
         page.locator(".tile").nth(3).wait_for()
         page.keyboard.press("Escape")
         page.locator(".tile.cancelled").nth(3).wait_for()
+        wait_for(lambda: service.requests == 0)
         gate.open()
         wait_for(lambda: idle(service))
         assert service.status()["drawn"] == 0

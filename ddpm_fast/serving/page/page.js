@@ -52,22 +52,21 @@ async function begin() {
   if (initial.watch === "x_t") form.elements.watch.value = "x_t";
   slide();
   look();
+  setInterval(look, LOOK);
   if (asked.size) draw();
 }
 
 async function look() {
-  if (!document.hidden) {
-    try {
-      const { running, waiting } = await get("api/status");
-      const queue = waiting ? `, ${waiting} waiting` : "";
-      $("load").textContent = running + waiting ? `drawing ${running}${queue}` : "idle";
-      $("load").className = "well";
-    } catch {
-      $("load").textContent = "no answer";
-      $("load").className = "bad";
-    }
+  if (document.hidden) return;
+  try {
+    const { running, waiting } = await get("api/status");
+    const queue = waiting ? `, ${waiting} waiting` : "";
+    $("load").textContent = running + waiting ? `drawing ${running}${queue}` : "idle";
+    $("load").className = "well";
+  } catch {
+    $("load").textContent = "no answer";
+    $("load").className = "bad";
   }
-  setTimeout(look, LOOK);
 }
 
 // What is asked for ----------------------------------------------------------------------------
@@ -138,6 +137,7 @@ async function happened(event) {
     tiles = new Tiles($("tiles"), model.shape, event.images);
     tiles.watch = form.elements.watch.value;
     $("time").value = 1000;
+    setTimeout(look, 300);
     $("empty").hidden = true;
     $("bar").hidden = false;
     // Below the form, where there is no room beside it

@@ -24,10 +24,11 @@ class Tile {
     this.canvas.setAttribute("role", "img");
     this.progress = element("progress", { max: told.steps, value: 0 });
     this.progress.setAttribute("aria-label", `Steps of image ${told.id}`);
-    const described = [`seed ${told.seed}`, `${told.steps} steps`];
-    if (told.guidance_scale !== undefined) described.push(`guidance ${told.guidance_scale}`);
-    const name = told.class_name === undefined ? "" : ` · class ${told.class_name}`;
-    this.name = `Image ${told.id}${name}`;
+    const title = `Image ${told.id}`;
+    const described = [`seed\u00a0${told.seed}`, `${told.steps}\u00a0steps`];
+    if (told.class_name !== undefined) described.unshift(`class ${told.class_name}`);
+    if (told.guidance_scale !== undefined) described.push(`guided\u00a0${told.guidance_scale}`);
+    this.name = told.class_name === undefined ? title : `${title} · class ${told.class_name}`;
     this.copy = element("button", { type: "button", textContent: "Copy link" });
     this.copy.addEventListener("click", () => this.#copied());
     this.save = element("a", { textContent: "Save", title: "as PNG" });
@@ -43,10 +44,10 @@ class Tile {
       element(
         "p",
         { className: "caption" },
-        element("a", { textContent: this.name, href: told.url, target: "_blank" }),
+        element("a", { textContent: title, href: told.url, target: "_blank" }),
         element("span", { className: "address", textContent: described.join(" · ") }),
       ),
-      element("div", { className: "links" }, this.save, this.copy),
+      element("div", { className: "links" }, this.copy, this.save),
     );
     this.#say("waits");
   }
