@@ -85,7 +85,9 @@ def bandwidth(device: Device) -> Lines | None:
     """GB/s at the floor of memory traffic against the size, of each op the plain case."""
     lines = []
     for op in KERNELS:
-        rows = [row for row in device.of(op) if row.get("gigabytes_per_second")]
+        rows = [
+            row for row in device.of(op) if row.get("gigabytes_per_second") and row.get("elements")
+        ]
         stems = by_stem(row for row in rows if row["dtype"] == "float32")
         # max keeps the first of equals: the plain case, before its variants.
         stem = max(stems, key=lambda stem: len({r["elements"] for r in stems[stem]}), default=None)
@@ -243,16 +245,10 @@ def latencies(rows: Iterable[Row]) -> Bars | None:
     """Of requests, from arrival to image: medians, and the 95th percentile in words."""
     groups = []
     for row in rows:
-        late = row.get("p95_milliseconds")
-        if late:
-            bars = [
-                Bar(
-                    name,
-                    us / 1e6,
-                    f"{name} {duration(us / 1e6)}, p95 {duration(late[name] / 1e3)}",
-                )
-                for name, us in row["microseconds"].items()
-            ]
-            label = row["case"].removeprefix("samples ").removesuffix(", median latency")
-            groups.append(Group(label.replace("load ", "load\xa0"), tuple(bars)))
+        bars = []
+        for name, us in row["microseconds"].items():
+            late = duration(row["p95_milliseconds"][name] / 1e3)
+            bars.append(Bar(name, us / 1e6, f"{name} {duration(us / 1e6)}, p95 {late}"))
+        label = row["case"].removeprefix("samples ").removesuffix(", median latency")
+        groups.append(Group(label.replace("load ", "load\xa0"), tuple(bars)))
     return Bars((Panel("", tuple(groups)),), "median latency") if groups else None

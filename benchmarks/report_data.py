@@ -120,6 +120,9 @@ def read_devices(folder: Path, quick: bool = False) -> list[Device]:
         report = results.read(path)
         if report.get("quick") and not quick:
             continue
+        for row in report["rows"]:
+            if not well_formed(row):
+                raise ValueError(f"{path}: the row {row.get('case')!r} is none of results.py's")
         try:
             device = Device(
                 name=report["device"],
@@ -133,6 +136,18 @@ def read_devices(folder: Path, quick: bool = False) -> list[Device]:
             raise ValueError(f"{path} holds no results of benchmarks: no {error}") from error
         found.append(device)
     return sorted(found, key=lambda device: device.newest, reverse=True)
+
+
+def well_formed(row: Row) -> bool:
+    """What all that follows takes for granted."""
+    times, shape = row.get("microseconds"), row["shape"]
+    numbers = [row.get(key) for key in ("elements", "flops", "bytes", "images")]
+    return (
+        isinstance(times, dict)
+        and all(isinstance(us, (int, float)) for us in times.values())
+        and (shape is None or all(isinstance(size, int) and size > 0 for size in shape))
+        and all(number is None or isinstance(number, (int, float)) for number in numbers)
+    )
 
 
 def quoted_device(devices: Sequence[Device]) -> Device | None:
@@ -155,7 +170,7 @@ def by_stem(rows: Iterable[Row]) -> dict[str, list[Row]]:
     for row in rows:
         found.setdefault(stem_of(row), []).append(row)
     return {
-        stem: sorted(each, key=lambda row: row["elements"] or 0) for stem, each in found.items()
+        stem: sorted(each, key=lambda row: row.get("elements") or 0) for stem, each in found.items()
     }
 
 
@@ -175,6 +190,15 @@ def images_of(row: Row) -> int:
 def seconds_an_image(row: Row) -> dict[str, float]:
     """By candidate, of a trajectory or a step."""
     return {name: us / 1e6 / images_of(row) for name, us in row["microseconds"].items() if us}
+
+
+def latency_rows(device: Device) -> list[Row]:
+    """Of sessions' rows those of requests, whose 95th percentiles are known, too."""
+    return [
+        row
+        for row in device.of("session")
+        if set(row.get("p95_milliseconds") or ()) >= set(row["microseconds"])
+    ]
 
 
 def significant(value: float, digits: int = 3) -> str:

@@ -14,6 +14,7 @@ from report_data import (
     by_stem,
     duration,
     images_of,
+    latency_rows,
     longer,
     seconds_an_image,
     shown,
@@ -79,7 +80,8 @@ def steps(device: Device) -> str:
 
 def systems(device: Device, op: str, head: Callable[[Row], str]) -> str:
     """Ours in time an image, the others in ratios to it."""
-    rows = sorted(device.of(op), key=lambda row: (math.prod(row["shape"][1:]), images_of(row)))
+    rows = [row for row in device.of(op) if row["shape"]]
+    rows.sort(key=lambda row: (math.prod(row["shape"][1:]), images_of(row)))
     if not rows:
         return ""
     names = dict.fromkeys(name for row in rows for name in row["microseconds"])
@@ -181,7 +183,7 @@ def pipelines(device: Device) -> str:
     """The stock code's time by ours, for one image, 16, and the largest."""
     body, used = [], []
     for op, stem, name in PIPELINES:
-        rows = by_stem(device.of(op)).get(stem, [])
+        rows = [row for row in by_stem(device.of(op)).get(stem, []) if row["shape"]]
         if not rows:
             continue
         used += rows
@@ -204,7 +206,7 @@ def stock_cell(row: Row | None, shape: bool = False) -> str:
     if row is None or not ratios:
         return ""
     inside = [shown(row["shape"])] if shape else []
-    count = row["elements"] // math.prod(row["shape"])
+    count = (row.get("elements") or 0) // math.prod(row["shape"])
     if count > 1:
         inside.append(f"T = {count}")
     inside.append(duration(row["microseconds"][OURS] / 1e6))
@@ -236,10 +238,6 @@ def time_cell(row: Row, name: str) -> str:
     return duration(time / 1e6) if time else ""
 
 
-def latency_rows(device: Device) -> list[Row]:
-    return [row for row in device.of("session") if row.get("p95_milliseconds")]
-
-
 def sessions(device: Device) -> str:
     """Latencies of requests at random, in flight and a batch at a time."""
     rows = latency_rows(device)
@@ -251,7 +249,8 @@ def sessions(device: Device) -> str:
     body = []
     for row in rows:
         kind, _, rest = row["case"].removeprefix("samples of ").partition(", load ")
-        load = f"{rest.partition(',')[0]}, {significant(row['arrivals_per_second'], 2)} a second"
+        rate = significant(row.get("arrivals_per_second", 0), 2)
+        load = f"{rest.partition(',')[0]}, {rate} a second"
         cells = [
             f"{duration(row['microseconds'][name] / 1e6, 2)} "
             f"({duration(row['p95_milliseconds'][name] / 1e3, 2)})"

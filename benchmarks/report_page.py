@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import report_charts as charts
-from report_data import KERNELS, OPS, PIPELINES, Device
+from report_data import KERNELS, OPS, PIPELINES, Device, latency_rows
 from report_render import Figure, Heading, Part, Side, Text, figures
 from report_tables import every_row, overview, side_by_side
 
@@ -201,5 +201,5 @@ def sessions(devices: Sequence[Device]) -> list[Part]:
         "Latency of requests that come at random, in flight and a batch at a time",
         "sessions",
         ("session",),
-        lambda device: charts.latencies(device.of("session")),
+        lambda device: charts.latencies(latency_rows(device)),
     )

@@ -380,6 +380,16 @@ def test_files_that_are_no_results(tmp_path, text, capsys):
     assert "bad.json" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"microseconds": 3}, {"microseconds": {OURS: "fast"}}, {"shape": [1, "3"]}, {"flops": []}],
+)
+def test_rows_that_are_none(tmp_path, change, capsys):
+    save(tmp_path, "CPU", [{**steps(1)[0], **change}])
+    assert report.main(["--root", str(tmp_path), "--results", str(tmp_path)]) == 2
+    assert "CPU.json: the row 'reverse_step float32 [1, 3, 32, 32]' is" in capsys.readouterr().err
+
+
 def test_a_folder_that_is_not_there(tmp_path, capsys):
     assert report.main(["--results", str(tmp_path / "no"), "--check"]) == 2
     assert "is not a folder" in capsys.readouterr().err
