@@ -17,6 +17,8 @@ from latex2mathml.converter import convert
 MATHML = "http://www.w3.org/1998/Math/MathML"
 INLINE = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', re.S)
 BLOCK = re.compile(r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>', re.S)
+# It scrolls where the formula is wider than a phone; what the search shows of it would be no formula.
+FRAME = '<div class="formula" tabindex="0" data-search-exclude>{}</div>'
 LONG, RELATIONS = 24, "=≤≥<>∼≈→"
 THIN_SPACE = {"width": "0.17em"}  # TeX's, after the name of a function
 Tree.register_namespace("", MATHML)
@@ -25,11 +27,7 @@ Tree.register_namespace("", MATHML)
 def on_page_content(content: str, **kwargs: Any) -> str:
     """MkDocs' hook: a page's HTML, before it is put into the theme."""
     content = INLINE.sub(lambda found: mathml(found[1], "inline"), content)
-    return BLOCK.sub(
-        # a frame of its own, which scrolls where the formula is wider than a phone
-        lambda found: f'<div class="formula" tabindex="0">{mathml(found[1], "block")}</div>',
-        content,
-    )
+    return BLOCK.sub(lambda found: FRAME.format(mathml(found[1], "block")), content)
 
 
 def mathml(latex: str, display: str) -> str:

@@ -52,11 +52,16 @@ def language(uri: str) -> str:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **kwargs: Any) -> str:
-    """MkDocs' hook: a link to a page in another language says which."""
+    """MkDocs' hook: a link to a page of the root leads to its place on the site, and one to a page
+    in another language says which."""
     uri = page.file.src_uri
+    folder = posixpath.dirname(uri)
 
     def marked(found: re.Match[str]) -> str:
-        target = posixpath.normpath(posixpath.join(posixpath.dirname(uri), found[2]))
+        target = posixpath.normpath(posixpath.join(folder, found[2]))
+        if target.removeprefix("../") in ROOT_PAGES:
+            here = posixpath.relpath(ROOT_PAGES[target.removeprefix("../")], folder or ".")
+            return f"[{found[1]}]({here}{found[3] or ''})"
         other = language(target)
         return found[0] + ("" if other == language(uri) else f'{{ hreflang="{other}" }}')
 
