@@ -99,8 +99,9 @@ def compiled_already(folder: Path, module: Path) -> str:
 
 
 def install(wheel: Path, python: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     subprocess.run(
         [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps",
          "--no-index", str(wheel)],
-        check=True,
+        env=environment, check=True,
     )  # fmt: skip
