@@ -92,7 +92,7 @@ def compiled_already(folder: Path, module: Path) -> str:
     folder.mkdir()
     stand_in = folder / "cmake"
     stand_in.write_text(
-        f'#!/bin/sh\nif [ "$1" = --install ]; then cp "{module}" "$4"; fi\n'
+        f'#!/bin/sh\nif [ "$1" = --install ]; then mkdir -p "$4" && cp "{module}" "$4"; fi\n'
     )  # as setup.py calls it: --install BUILD --prefix TARGET
     stand_in.chmod(0o755)
     return f"{folder}{os.pathsep}{os.environ['PATH']}"
