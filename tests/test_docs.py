@@ -8,6 +8,8 @@ import inspect
 import json
 import pkgutil
 import re
+import shutil
+import subprocess
 import sys
 import warnings
 from itertools import groupby
@@ -24,6 +26,7 @@ from documents import DOCS, ROOT, Block, all_blocks, commands, documents
 from test_quick_start import QUICK_START
 
 import ddpm_fast
+from ddpm_fast import NoiseSchedule, Sampler, UNet, UNetConfig
 from ddpm_fast.kernels import support
 
 MODULES = [
@@ -32,7 +35,8 @@ MODULES = [
     if not info.name.endswith("_native")
 ]
 # What is done with a block of each language; one without a rule here is an error.
-RUN, PARSED, EXCERPT, SHELL, TEXT = ["python"], ["json"], ["py", "cpp"], ["sh", "console"], ["text"]
+RUN, PARSED, EXCERPT = ["python"], ["json", "nginx"], ["py", "cpp"]
+SHELL, TEXT = ["sh", "console"], ["text"]
 
 
 @pytest.mark.parametrize("name", ["ddpm_fast", *MODULES])
@@ -151,8 +155,38 @@ def test_commands_are_read_as_a_shell_reads_them():
 
 
 @pytest.mark.parametrize("block", all_blocks(*PARSED), ids=str)
-def test_json_is_json(block):
-    json.loads(block.code)
+def test_configurations_are_well_formed(block):
+    if block.language == "json":
+        json.loads(block.code)
+        return
+    code = re.sub(r"\s*#.*", "", block.code)
+    directive, opened, closed = r"[a-z_]+( [^{};]+)?;", r"[a-z_]+( [^{};]+)? \{", r"\}"
+    lines = [line.strip() for line in code.splitlines() if line.strip()]
+    assert all(re.fullmatch(f"{directive}|{opened}|{closed}", line) for line in lines)
+    assert code.count("{") == code.count("}")
+
+
+CURLS = [words for block in all_blocks(*SHELL) for words in commands(block) if words[0] == "curl"]
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl is installed")
+@pytest.mark.usefixtures("one_thread")
+def test_curl_gets_what_the_page_says(tmp_path):
+    """From a server with classes and guidance, at its own address."""
+    serving = pytest.importorskip("ddpm_fast.serving")
+    config = UNetConfig(
+        8, 1, channels=(8,), attention_resolutions=(), norm_groups=4, num_classes=10
+    )
+    sampler = Sampler(UNet(config).eval(), NoiseSchedule.linear(), method="ddim", num_steps=50)
+    app = serving.create_app(sampler, [1, 8, 8], classes=10, guidance=True)
+    assert CURLS
+    with serving.serving(app) as url:
+        for words in CURLS:
+            here = [word.replace("http://127.0.0.1:8000", url) for word in words]
+            subprocess.run([*here, "--fail", "--silent"], cwd=tmp_path, check=True, timeout=60)
+            if "-o" in words:
+                file = tmp_path / words[words.index("-o") + 1]
+                assert file.read_bytes().startswith(b"\x89PNG")
 
 
 def test_excerpts_stand_in_their_files():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from documents import DOCS, blocks, commands
 from ddpm_fast.cli import main
 
 QUICK_START = DOCS / "quickstart.md"
+INSTALLS = re.compile(r"pip install|venv")
+SERVES = [block for block in blocks(QUICK_START) if block.code.startswith("ddpm-fast serve")]
 # Given to a command beside what the page gives it, so that it takes a moment.
 SMALLER = {
     "train": ["--steps", "12", "--batch-size", "16", "--sample-every", "0", "--no-tensorboard"]
@@ -67,15 +70,15 @@ def test_as_it_stands(tmp_path):
             ]
             (tmp_path / f"{i}.py").write_text("\n".join([*before, block.code]))
             lines.append(f"python {i}.py")
-        elif "pip install" not in block.code and "serve" not in block.code:
+        elif not INSTALLS.search(block.code) and block not in SERVES:
             lines.append(block.code)
     script = "\n".join(["set -e", *lines])
     subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, check=True)
     assert len(list((tmp_path / "images").iterdir())) == 101
 
-    (serve,) = [b.code for b in blocks(QUICK_START) if "serve" in b.code and b.language == "sh"]
+    (serve,) = SERVES
     server = subprocess.Popen(
-        ["bash", "-c", f"exec {serve.strip()} --port 0"],
+        ["bash", "-c", f"exec {serve.code.strip()} --port 0"],
         cwd=tmp_path,
         env=environment,
         stdout=subprocess.PIPE,

@@ -17,7 +17,7 @@ from latex2mathml.converter import convert
 MATHML = "http://www.w3.org/1998/Math/MathML"
 INLINE = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', re.S)
 BLOCK = re.compile(r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>', re.S)
-# It scrolls where the formula is wider than a phone; what the search shows of it would be no formula.
+# It scrolls where the formula is wider than a phone, and the search would show it as no formula.
 FRAME = '<div class="formula" tabindex="0" data-search-exclude>{}</div>'
 LONG, RELATIONS = 24, "=≤≥<>∼≈→"
 THIN_SPACE = {"width": "0.17em"}  # TeX's, after the name of a function
