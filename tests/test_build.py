@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import re
@@ -48,6 +49,38 @@ def test_native_module_links_no_torch():
     linked = subprocess.run(["ldd", native.__file__], capture_output=True, text=True).stdout
     assert "libtorch" not in linked
     assert "libc10" not in linked
+
+
+# The module by itself, at its path; noise of two samples, by four threads.
+_ALONE = """
+import array, hashlib, importlib.util, sys
+spec = importlib.util.spec_from_file_location("_native", sys.argv[1])
+native = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(native)
+out = array.array("f", bytes(4 * 200_000))
+native.randn(out.buffer_info()[0], 0, 2, 1, 100_000, False, 5, 0, 0, 0, 0, 0, 4)
+print(native.openmp, hashlib.sha256(out.tobytes()).hexdigest())
+"""
+
+
+@pytest.mark.parametrize("there_is_one", [True, False])
+def test_module_runs_without_an_openmp_runtime(there_is_one, tmp_path):
+    """On one thread, to the same bits."""
+    from ddpm_fast import randn
+    from ddpm_fast.backends import native
+
+    if native is None or not native.openmp or sys.platform != "linux":
+        pytest.skip("needs Linux and a module that was compiled with OpenMP")
+    (tmp_path / "libgomp.so.1").write_text("not a library")
+    run = subprocess.run(
+        [sys.executable, "-c", _ALONE, native.__file__],
+        env={} if there_is_one else {"LD_LIBRARY_PATH": str(tmp_path)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    if there_is_one and run.stdout.startswith("False"):
+        pytest.skip("this system has no OpenMP runtime but torch's")
+    expected = hashlib.sha256(randn([2, 1, 100_000], seed=5).numpy().tobytes()).hexdigest()
+    assert run.stdout.split() == [str(there_is_one), expected], run.stderr
 
 
 # AVX and what came after it: registers wider than SSE's, and instructions with three operands.
