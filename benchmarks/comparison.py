@@ -129,7 +129,7 @@ def short_of_memory(device: torch.device, nbytes: int) -> str:
     """Why a case that takes so much is left out; "" if it is not."""
     if nbytes <= free_memory(device):
         return ""
-    return f"less than {nbytes / 1e9:.1f} GB of memory free"
+    return f"less than {nbytes / 1e9:.2g} GB of memory free"
 
 
 def medians(candidates: Running, seconds: float, device: torch.device) -> dict[str, float]:

@@ -29,7 +29,7 @@ from results import file_name, table, write
 
 ROOT = Path(__file__).resolve().parent.parent
 # At most; in `sanitize` for each tool.
-SECONDS = {"build": 90, "test": 120, "sanitize": 70, "bench": 220, "sampling": 540,
+SECONDS = {"build": 90, "test": 120, "sanitize": 70, "bench": 540, "sampling": 540,
            "trajectory": 540, "sessions": 300}  # fmt: skip
 
 Result = dict[str, Any]
@@ -113,6 +113,7 @@ def build(folder: Path, gpu: dict[str, str]) -> Result:
 
 # Each a part of its own
 SAMPLING = "benchmarks/bench_sampling.py"
+SAMPLE = "benchmarks/bench_sample.py"  # with the part before
 TRAJECTORY = "benchmarks/bench_trajectory.py"
 SESSIONS = "benchmarks/bench_session.py"
 GPU_TESTS = [
@@ -218,13 +219,14 @@ def sanitize(folder: Path, gpu: dict[str, str]) -> Result:
 
 def bench(folder: Path, gpu: dict[str, str]) -> Result:
     """The benchmarks of the kernels, on the GPU."""
-    others = [word for path in (SAMPLING, TRAJECTORY, SESSIONS) for word in ("--ignore", path)]
+    others = [word for path in (SAMPLING, SAMPLE, TRAJECTORY, SESSIONS) for word in ("--ignore", path)]
     return measured(folder, ["benchmarks", *others], SECONDS["bench"])
 
 
 def sampling(folder: Path, gpu: dict[str, str]) -> Result:
-    """Whole steps, against what torch.compile makes of the network when it tries everything."""
-    return measured(folder, [SAMPLING], SECONDS["sampling"])
+    """Whole steps, against what torch.compile makes of the network when it tries everything, and
+    whole trajectories of a smaller one."""
+    return measured(folder, [SAMPLING, SAMPLE], SECONDS["sampling"])
 
 
 def trajectory(folder: Path, gpu: dict[str, str]) -> Result:
