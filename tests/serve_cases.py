@@ -89,6 +89,13 @@ def gated(limits: Limits = LIMITS) -> Iterator[tuple[Gated, Any, httpx.Client]]:
             gate.open()
 
 
+def post(client: httpx.Client, **values: Any) -> httpx.Response:
+    """Images that are there."""
+    response = client.post("/api/images", json=values)
+    assert response.status_code == 200, response.text
+    return response
+
+
 def in_thread(function: Any, *arguments: Any, **named: Any) -> Any:
     """Calls it in a thread; gives a function that waits for what it returns or raises."""
     ends: list[Any] = []

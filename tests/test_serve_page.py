@@ -7,6 +7,8 @@ import re
 import pytest
 from serve_cases import app, chromium, decoded, idle, model, over, pixels_of, running
 from session_cases import SECONDS, Gated, wait_for
+from starlette.applications import Starlette
+from starlette.routing import Mount
 
 from ddpm_fast.serving import Limits
 
@@ -344,3 +346,17 @@ def test_another_seed_at_a_click_and_a_link_to_copy(open_page, server):
     page.get_by_text("Copied").wait_for()
     url = page.evaluate("navigator.clipboard.readText()")
     assert url.startswith(f"{server}api/images/{seed}/3.png?")
+
+
+def test_under_a_prefix_as_a_part_of_another_application(open_page):
+    outer = Starlette(routes=[Mount("/draw", app(allowed_hosts=None))])
+    outer.state.service = outer.routes[0].app.state.service
+    with running(outer) as client:
+        page = open_page(f"{client.base_url}/draw/?sample_ids=2")
+        page.locator(".tile.done").wait_for()
+        assert picture(page) == shown(pixels_of(0, 2, 2, 10))
+        with page.expect_popup() as popup:
+            page.get_by_text("Image 2").click()
+        popup.value.wait_for_load_state()
+        assert "/draw/api/images/0/2.png" in popup.value.url
+        assert popup.value.title().startswith("2.png")

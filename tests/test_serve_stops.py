@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import signal
 import sys
@@ -11,13 +12,15 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 from forked_commands import Forks
 from serve_cases import Raw, app, decoded, events, gated, in_thread, message_of, model, running
 from session_cases import SECONDS, Gated, wait_for
 from tiny_run import write_run
 
+from ddpm_fast import NoiseSchedule, Sampler
 from ddpm_fast.cli import main
-from ddpm_fast.serving import serving
+from ddpm_fast.serving import Limits, create_app, serving
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -164,6 +167,27 @@ def test_the_end_of_a_block_waits_for_what_was_asked_for():
         gate.open()
     assert len(asked().json()["images"]) == 3
     wait_for(lambda: set(threading.enumerate()) <= before)
+
+
+def test_an_answer_is_sent_to_its_end_to_who_reads_late():
+    """10 MB, more than sockets hold."""
+    torch.manual_seed(0)
+    noise = torch.rand(3, 256, 256)
+    sampler = Sampler(lambda x, t: 0 * x + noise, NoiseSchedule.linear(2), clip=None)
+    application = create_app(sampler, [3, 256, 256], limits=Limits(max_images=40))
+    service = application.state.service
+    with running(application) as client:
+        raw = Raw(client, receive_buffer=4096)
+        raw.post("/api/images", {"count": 40})
+        wait_for(lambda: service.status()["drawn"] == 40)
+        later = threading.Event()
+        rest = in_thread(lambda: later.wait(SECONDS) and raw.rest())
+        threading.Timer(0.5, later.set).start()  # when the server is about to end
+    head, _, body = rest().partition(b"\r\n\r\n")
+    raw.socket.close()
+    assert len(body) > 5 << 20
+    assert f"content-length: {len(body)}".encode() in head
+    assert len(json.loads(body)["images"]) == 40
 
 
 def test_an_exception_in_a_block_gives_up():

@@ -12,6 +12,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from .limits import Limits
 
 _SWEEP_SECONDS = 0.25
+_LEAST_TAKEN = 1 << 14  # bytes of what is in a socket's buffer, in the seconds of a stall
 
 
 class Connection(H11Protocol):
@@ -22,7 +23,8 @@ class Connection(H11Protocol):
 
     Attributes:
         head: seconds that a request's head was waited for; None: it has come, and is answered.
-        stall: seconds that there was no room in the socket's buffer; None: there is.
+        stall: seconds that there was no room in the socket's buffer, since its client has last
+            taken some; None: there is.
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -32,6 +34,7 @@ class Connection(H11Protocol):
         self.head: float | None = 0.0
         self.stall: float | None = None
         self._begun = False  # a head that is not there yet
+        self._left = 0  # bytes in that buffer when the stall began
 
     def data_received(self, data: bytes) -> None:
         if self.head is not None and not self._begun:
@@ -85,10 +88,16 @@ class Connection(H11Protocol):
                 self._refuse(408, "Request Timeout", late)
             elif self.head > limits.head_seconds:
                 self.transport.close()
-        if self.stall is not None:
-            self.stall += seconds
-            if self.stall > limits.stall_seconds:
+        if self.stall is None:
+            return
+        left = self.transport.get_write_buffer_size()
+        self.stall += seconds
+        if self.stall == seconds:
+            self._left = left
+        elif self.stall > limits.stall_seconds:
+            if self._left - left < _LEAST_TAKEN:
                 self.transport.abort()
+            self.stall, self._left = 0.0, left
 
 
 async def sweep(connections: set[Any], limits: Limits) -> None:

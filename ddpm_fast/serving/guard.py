@@ -83,7 +83,8 @@ class Guard:
             and headers.get("sec-fetch-mode") != "navigate"
         ):
             return RequestError(403, "asked for by a page of another site")
-        if self._service.draining and scope["path"] not in _WHILE_DRAINING:
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if self._service.draining and path not in _WHILE_DRAINING:
             return RequestError(
                 503, "the server shuts down", headers={"connection": "close", "retry-after": "5"}
             )

@@ -19,14 +19,15 @@ class Limits:
         max_images: of one request; by default 64, or max_batch + max_waiting if that is less.
         max_steps: of an image; by default as many as the schedule has.
         max_guidance: of a guidance scale's absolute value.
-        max_requests: that draw at the same time.
+        max_requests: that draw or are answered at the same time.
         max_connections: open at the same time, those of clients that ask for nothing included.
         max_frames: of a live view, spread over the steps of its images; beside them it sends
             ``frames_per_second`` where steps take long.
         frames_per_second: see there.
         head_seconds: in which a request's head has to be there, on a connection that is idle too.
         body_seconds: in which its body has to be there.
-        stall_seconds: for which a client may take nothing of what was sent to it.
+        stall_seconds: in which a client has to take something of what was sent to it, 16 KiB at
+            least.
 
     Raises:
         TypeError, ValueError: a number out of range.

@@ -62,7 +62,6 @@ class Server(uvicorn.Server):
                 limit_concurrency=self.limits.max_connections,
                 h11_max_incomplete_event_size=MOST_HEAD_BYTES,
                 timeout_keep_alive=math.ceil(self.limits.head_seconds),
-                timeout_graceful_shutdown=int(_TELL_SECONDS),
             )
         )
         self.gave_up = False
@@ -100,6 +99,12 @@ class Server(uvicorn.Server):
             await asyncio.sleep(_TICK)
         if self.gave_up:
             await self.service.give_up()
+        # For what a client has still to take; one that takes nothing is cut
+        left = _TELL_SECONDS if self.gave_up or end is None else end - time.monotonic()
+        forever = self._grace is None and not self.gave_up
+        self.config.timeout_graceful_shutdown = (
+            None if forever else math.ceil(max(left, _TELL_SECONDS))
+        )
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

@@ -26,7 +26,7 @@ class Service:
 
     Attributes:
         draining: no more requests are taken; those that were taken are finished.
-        requests: how many draw at the moment.
+        requests: how many draw or are answered at the moment.
     """
 
     def __init__(self, offer: Offer) -> None:
@@ -55,6 +55,12 @@ class Service:
         """
         if self.requests >= self.offer.limits.max_requests:
             raise self._busy(f"{self.requests} requests are drawn already")
+        with self.answering():
+            yield
+
+    @contextlib.contextmanager
+    def answering(self) -> Iterator[None]:
+        """Of one whose images are drawn, until its client has taken them."""
         self.requests += 1
         try:
             yield

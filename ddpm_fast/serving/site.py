@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import contextlib
 import importlib.resources
-from collections.abc import AsyncIterator, Collection, Sequence
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 
 import torch
 from starlette.applications import Starlette
@@ -17,6 +18,7 @@ from starlette.routing import Route
 
 from ..sampler import Sampler
 from ..training.pictures import grid
+from .answers import Answer
 from .errors import ClientGone, RequestError, answer, failure
 from .guard import Guard, json_body, unless_gone
 from .limits import LOOPBACK, Limits
@@ -78,7 +80,7 @@ def create_app(
 
     app = Starlette(
         routes=[
-            *(Route(path, _page, methods=["GET"]) for path in _PAGE),
+            *(Route(path, _page(*file), methods=["GET"]) for path, file in _PAGE.items()),
             Route("/healthz", _health, methods=["GET"]),
             Route("/api/status", _status, methods=["GET"]),
             Route("/api/model", _model, methods=["GET"]),
@@ -103,10 +105,13 @@ def create_app(
 # Paths -------------------------------------------------------------------------------------
 
 
-async def _page(request: Request) -> Response:
-    file, kind = _PAGE[request.url.path]
+def _page(file: str, kind: str) -> Callable[[Request], Awaitable[Response]]:
     content = importlib.resources.files(__package__).joinpath("page", file).read_bytes()
-    return Response(content, headers={"cache-control": "no-cache"}, media_type=kind)
+
+    async def page(request: Request) -> Response:
+        return Response(content, headers={"cache-control": "no-cache"}, media_type=kind)
+
+    return page
 
 
 async def _health(request: Request) -> Response:
@@ -134,10 +139,12 @@ async def _images(request: Request) -> Response:
             {**offer.told(address), "png": base64.b64encode(picture.file).decode()}
             for address, picture in zip(asked.addresses, pictures, strict=True)
         ]
-        return answer({"model": offer.fingerprint, "images": images})
+        told = json.dumps({"model": offer.fingerprint, "images": images}).encode()
+        return Answer(service, told, {"cache-control": "no-store"}, "application/json")
     if len(pictures) == 1:
-        return Response(pictures[0].file, media_type="image/png")
-    return Response(grid(torch.stack([each.pixels for each in pictures])), media_type="image/png")
+        return Answer(service, pictures[0].file, {}, "image/png")
+    sheet = grid(torch.stack([each.pixels for each in pictures]))
+    return Answer(service, sheet, {}, "image/png")
 
 
 async def _image(request: Request) -> Response:
@@ -159,10 +166,12 @@ async def _image(request: Request) -> Response:
     known = [tag.strip() for tag in request.headers.get("if-none-match", "").split(",")]
     if "*" in known or any(tag.removeprefix("W/") == etag for tag in known):
         return Response(status_code=304, headers=headers)
+    if request.method == "HEAD":
+        return Response(headers=headers, media_type="image/png")
     with service.request(), service.drawings([address]) as drawings:
         (picture,) = await unless_gone(request.receive, service.pictures(drawings))
     headers["content-disposition"] = f'inline; filename="{address.seed}-{address.sample_id}.png"'
-    return Response(picture.file, headers=headers, media_type="image/png")
+    return Answer(service, picture.file, headers, "image/png")
 
 
 async def _live(request: Request) -> Response:
