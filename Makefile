@@ -9,7 +9,7 @@ LUCIDRAINS := denoising-diffusion-pytorch==2.3.4 pytorch-fid==0.3.0
 SOURCES := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 FORMATTED := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
 
-.PHONY: install demo test test-long docs bench gpu-check lint format typecheck clean
+.PHONY: install demo test test-long docs bench gpu-check sanitize lint format typecheck clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.built
@@ -50,6 +50,11 @@ bench: install
 gpu-check: OUT = gpu-check
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py --out $(OUT) $(if $(PART),--part $(PART))
+
+# The CPU's native code under AddressSanitizer, UBSan, LeakSanitizer and ThreadSanitizer. PART=cuda:
+# the CUDA kernels' bodies on the host. Some five minutes on two cores the first time.
+sanitize: install
+	$(BIN)/python tests/sanitize.py $(PART)
 
 lint: install
 	$(BIN)/ruff check .
