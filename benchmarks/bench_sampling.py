@@ -256,7 +256,7 @@ def bench_rewrites(record, model, exact, device, images):
         name: OurSteps(model, images, plan=plan) for name, plan in plans.items()
     }
     candidates["eager"] = OurSteps(model, images, plan="off")
-    rounds = in_turn(candidates, device, 15.0, max(8 // images, 1))
+    rounds = in_turn(candidates, device, 10.0, max(8 // images, 1))
     flops = flops_of(model, (images, 3, 32, 32))
     record(case, state, rounds, op="rewrites", flops=flops, relative_error=errors | eager)
     del plans, candidates

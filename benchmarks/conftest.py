@@ -221,7 +221,7 @@ def compare(
         check: Callable[[], None] | None = None,
         *,
         rule: Rule | None = None,
-        seconds: float = 2.0,
+        seconds: float = 1.5,
         steps: int = 1,
         **more: Any,
     ) -> dict[str, float]:

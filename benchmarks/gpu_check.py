@@ -219,7 +219,9 @@ def sanitize(folder: Path, gpu: dict[str, str]) -> Result:
 
 def bench(folder: Path, gpu: dict[str, str]) -> Result:
     """The benchmarks of the kernels, on the GPU."""
-    others = [word for path in (SAMPLING, SAMPLE, TRAJECTORY, SESSIONS) for word in ("--ignore", path)]
+    others = [
+        word for path in (SAMPLING, SAMPLE, TRAJECTORY, SESSIONS) for word in ("--ignore", path)
+    ]
     return measured(folder, ["benchmarks", *others], SECONDS["bench"])
 
 
