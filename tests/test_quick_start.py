@@ -76,18 +76,22 @@ def test_as_it_stands(tmp_path):
     subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, check=True)
     assert len(list((tmp_path / "images").iterdir())) == 101
 
+    assert_serves(tmp_path, environment)
+
+
+def assert_serves(folder: Path, environment: dict[str, str]) -> None:
+    """The command that the page gives last, at a port that is free."""
     (serve,) = SERVES
     server = subprocess.Popen(
         ["bash", "-c", f"exec {serve.code.strip()} --port 0"],
-        cwd=tmp_path,
+        cwd=folder,
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
     try:
-        address = address_of(server)
-        with urllib.request.urlopen(address, timeout=10) as answer:
+        with urllib.request.urlopen(address_of(server), timeout=10) as answer:
             assert "<html" in answer.read().decode()
     finally:
         server.send_signal(signal.SIGTERM)
