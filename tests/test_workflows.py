@@ -77,7 +77,7 @@ def test_ci_does_all_that_it_should():
     wanted = {"lint", "tests", "unpinned", "instruction-sets", "sanitize", "docs", "slow"}
     assert set(jobs("ci.yml")) == wanted
     run = {word for job in jobs("ci.yml").values() for words in commands(job) for word in words}
-    assert {"lint", "typecheck", "test", "test-long", "sanitize", "--strict"} <= run
+    assert {"lint", "typecheck", "test", "test-long", "sanitize", "docs"} <= run
     assert set(jobs("wheels.yml")) == {"sdist", "wheels", "publish"}
     # Only what has a tag is published, and only once all of it was built and tried.
     publish = jobs("wheels.yml")["publish"]
