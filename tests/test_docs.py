@@ -248,6 +248,14 @@ def test_links_lead_somewhere(path):
             assert anchor in slugs(found), f"{file or path.name} has no heading {anchor}"
 
 
+def test_documents_that_the_code_names_are_there():
+    folders = ("ddpm_fast", "kernels", "csrc", "benchmarks", "examples", "tests")
+    for path in (path for folder in folders for path in (ROOT / folder).rglob("*.*")):
+        if path.suffix in (".py", ".h", ".cpp", ".cu", ".cuh"):
+            for name in re.findall(r"\bdocs/[\w/-]+\.md", path.read_text(encoding="utf-8")):
+                assert (ROOT / name).exists(), f"{path.relative_to(ROOT)} names {name}"
+
+
 def test_the_reference_has_every_public_name():
     text = "\n".join(path.read_text() for path in (DOCS / "api").glob("*.md"))
     documented = re.findall(r"^::: (\S+)$", text, re.M)

@@ -96,7 +96,7 @@ def test_the_same_training(folder, tmp_path, settings):
 
 
 def test_a_seeded_training_goes_on(folder, tmp_path):
-    """As docs/pipelines.md says: from a milestone, with the noise that comes next."""
+    """As docs/pipelines/lucidrains.md says: from a milestone, with the noise that comes next."""
     accumulation = 2
     settings = {"gradient_accumulate_every": accumulation}
     fast = accelerate(stock_diffusion(package, sampling_timesteps=3), seed=7)

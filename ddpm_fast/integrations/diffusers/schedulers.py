@@ -1,6 +1,6 @@
 """diffusers' DDPMScheduler and DDIMScheduler with their steps and forward process fused.
 
-Importing this imports diffusers. docs/pipelines.md says what is the same and what is not.
+Importing this imports diffusers. docs/pipelines/diffusers.md says what is the same.
 """
 
 from __future__ import annotations
