@@ -162,7 +162,9 @@ class DrawnFolder:
         path = self.path / name_of(sample_id)
         try:
             return read_png(path)
-        except (OSError, SyntaxError, ValueError) as error:  # PIL's
+        except MemoryError:
+            raise
+        except Exception as error:  # pillow's readers raise any kind
             raise RuntimeError(
                 f"{shown(path)} is damaged ({error}): remove it, and the same command draws it "
                 "again"

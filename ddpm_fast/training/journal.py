@@ -18,6 +18,8 @@ from .config import RunConfig
 from .pictures import grid, read_png
 
 LOG = "log.jsonl"
+# Of a line that was cut short, or is no such line
+_DAMAGED = (ValueError, KeyError, TypeError, OverflowError, RecursionError)
 
 
 def last_step(log: Path) -> int | None:
@@ -27,7 +29,7 @@ def last_step(log: Path) -> int | None:
         OSError: it is there and cannot be read.
     """
     for line in reversed(log.read_bytes().splitlines() if log.exists() else []):
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # cut short
+        with contextlib.suppress(*_DAMAGED):
             return int(json.loads(line)["step"])
     return None
 
@@ -124,8 +126,8 @@ class Journal:
             try:
                 if line.endswith(b"\n") and json.loads(line)["step"] <= step:
                     kept.append(line)
-            except (ValueError, KeyError, TypeError):
-                continue  # cut short
+            except _DAMAGED:
+                continue
         write_bytes(path, b"".join(kept))
 
     def _tensorboard(self, step: int) -> Any:

@@ -56,12 +56,16 @@ def png_text(path: Path) -> str | None:
     Raises:
         OSError: no such file.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
         with Image.open(path) as image:
             text = image.info.get(TEXT_KEY)
-    except (UnidentifiedImageError, SyntaxError, ValueError):
+    except MemoryError:
+        raise
+    except Exception as error:  # of a damaged file, pillow's readers raise any kind
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         return None
     return text if isinstance(text, str) else None
 
