@@ -20,9 +20,9 @@ FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def examples(count: int) -> settings:
-    """So many of them, or two hundred times as many."""
+    """So many of them, or fifty times as many."""
     return settings(
-        max_examples=200 * count if LONG else count,
+        max_examples=50 * count if LONG else count,
         derandomize=not LONG,
         deadline=None,
         database=None,
