@@ -155,6 +155,7 @@ _RULES: dict[str, Callable[[Sequence[str]], None]] = {
     "torchrun": _torchrun,
     "pip": _pip,
     "make": _make,
+    "pytest": _pytest,
     "mkdocs": _mkdocs,
     "git": _git,
     "curl": _curl,
