@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
     if missing_package("serve", "serve", ("PIL", "safetensors", "starlette", "uvicorn")):
         return 2
     from ..serving.limits import Limits
-    from ..serving.running import is_loopback, listen, run, url_of
+    from ..serving.running import KILLED, is_loopback, listen, run, url_of
 
     try:
         limits = Limits(
@@ -101,6 +102,8 @@ def run(arguments: argparse.Namespace) -> int:
             app, name = _app(arguments, limits, local)
         except (OSError, RuntimeError, ValueError) as error:
             return failed("serve", error, 2)
+        except KeyboardInterrupt:  # while the model is read
+            return failed("serve", "interrupted", KILLED + signal.SIGINT)
         if not local:
             print(
                 f"ddpm-fast serve: whoever reaches {arguments.host} can have images drawn: there "

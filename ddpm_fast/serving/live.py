@@ -78,17 +78,9 @@ class Live(Response):
             if not await _any([*ends, *peeks.values()], _HEARTBEAT_SECONDS):
                 await line("waiting", **_place(self._service))
                 continue
-            if peeks:
-                running = [peeks[i] for i in peeks if drawings[i].handle.running()]
-                if running:
-                    await asyncio.wait(running, timeout=_TOGETHER_SECONDS)
-                seen = {i: peeks.pop(i) for i in list(peeks) if peeks[i].done()}
-                steps = {i: peek.result() for i, peek in seen.items() if _is_step(peek)}
-                steps = {
-                    i: s for i, s in steps.items() if s.step + 1 < drawings[i].handle.num_steps
-                }
-                if steps and pace.due(steps):
-                    await line("frame", **await self._frame(steps))
+            steps = await _taken(peeks, drawings)
+            if steps and pace.due(steps):
+                await line("frame", **await self._frame(steps))
             for i in [i for i, drawing in left.items() if drawing.finished.done()]:
                 finished = left.pop(i).finished
                 peeks.pop(i, None)
@@ -151,6 +143,18 @@ class _Pace:
             self._last, self._row = now, row
             self._shown.update((i, step.step) for i, step in steps.items())
         return due
+
+
+async def _taken(
+    peeks: dict[int, asyncio.Future[SampleStep]], drawings: Sequence[Drawing]
+) -> dict[int, SampleStep]:
+    """The steps of those that are done, which are peeks no more; the last ones left out."""
+    running = [peek for i, peek in peeks.items() if drawings[i].handle.running()]
+    if running:
+        await asyncio.wait(running, timeout=_TOGETHER_SECONDS)
+    seen = {i: peeks.pop(i) for i in list(peeks) if peeks[i].done()}
+    steps = {i: peek.result() for i, peek in seen.items() if _is_step(peek)}
+    return {i: step for i, step in steps.items() if step.step + 1 < drawings[i].handle.num_steps}
 
 
 async def _any(futures: Sequence[asyncio.Future[Any]], timeout: float) -> bool:

@@ -99,12 +99,12 @@ class Server(uvicorn.Server):
             await asyncio.sleep(_TICK)
         if self.gave_up:
             await self.service.give_up()
-        # For what a client has still to take; one that takes nothing is cut
-        left = _TELL_SECONDS if self.gave_up or end is None else end - time.monotonic()
-        forever = self._grace is None and not self.gave_up
-        self.config.timeout_graceful_shutdown = (
-            None if forever else math.ceil(max(left, _TELL_SECONDS))
-        )
+        # For what clients have still to take; who takes nothing is cut
+        seconds = _TELL_SECONDS
+        if end is not None and not self.gave_up:
+            seconds = max(seconds, end - time.monotonic())
+        for_ever = end is None and not self.gave_up
+        self.config.timeout_graceful_shutdown = None if for_ever else math.ceil(seconds)
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

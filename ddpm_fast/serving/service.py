@@ -110,7 +110,8 @@ class Service:
         if isinstance(error, SessionClosed):
             self._broken = f"an error ended the session: {error.__cause__!r}"
             return RequestError(500, f"{self._broken}; the server has to be started again")
-        return RequestError(500, f"the model failed: {error}")
+        what = str(error).partition("\n")[0] or type(error).__name__
+        return RequestError(500, f"the model failed: {what[:300]}")
 
     def health(self) -> tuple[bool, str]:
         """Whether it takes requests, in a word if not in more."""
