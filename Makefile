@@ -41,8 +41,10 @@ test-long: install
 docs: install
 	$(BIN)/mkdocs build --strict
 
+# Takes all figures of this machine again, and writes them where the documents state them.
 bench: install
 	$(BIN)/python -m pytest benchmarks --benchmark-only --results benchmarks/results
+	$(BIN)/python benchmarks/report.py --update
 
 # On a machine with an NVIDIA GPU, offline, with the packages that PYTHON has: builds for that GPU,
 # tests, runs compute-sanitizer and measures. PART=build, test, sanitize, bench, sampling,
@@ -70,4 +72,4 @@ typecheck: install
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info ddpm_fast/_native*.so
+	rm -rf $(VENV) build dist .benchmarks *.egg-info ddpm_fast/_native*.so
