@@ -80,7 +80,7 @@ def bench_ddim(compare: Compare, package, size, device, monkeypatch):
     candidates = ours(lambda: fast.ddim_sample(size), device)
     candidates["torch's noise"] = lambda: torchs.ddim_sample(size)
     candidates["lucidrains"] = lambda: stock.ddim_sample(size)
-    compare("lucidrains ddim_sample, 5 steps", state, 12 * elements, candidates, check, steps=5)
+    compare("lucidrains ddim_sample, 5 steps", state, 12 * elements, candidates, check, calls=5)
 
 
 @pytest.mark.parametrize("objective", ["pred_noise", pytest.param("pred_v", marks=FULL)])

@@ -6,7 +6,7 @@ noise to images, as its users call it. The network predicts x_0: with random wei
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ddpm_fast import NoiseSchedule, Sampler, UNet, UNetConfig, randn
 
 SCHEDULE = NoiseSchedule.linear()
-STEPS = 50
-LEADING = range(980, -1, -20)
+STEPS = {False: 50, True: 20}  # by --quick
 # (side, images)
 CASES = {
     "cpu": [(32, 1), (32, 4), (32, 16), (64, 1), (64, 2)],
@@ -49,8 +48,8 @@ class System:
 
     call: Callable[[], Any]
     x_T: Callable[[], Tensor]
+    timesteps: Sequence[int]
     images: Callable[[Any], Tensor] = lambda found: found
-    timesteps: tuple[int, ...] = tuple(LEADING)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -87,38 +86,45 @@ def flops_of(unet: UNet, shape: tuple[int, ...]) -> int:
 
 
 def systems(
-    unet: UNet, shape: tuple[int, ...], device: torch.device, compile_too: bool
+    unet: UNet, shape: tuple[int, ...], device: torch.device, steps: int, compile_too: bool
 ) -> dict[str, System | Missing]:
     n = shape[0]
-    eager = EagerDdim(SCHEDULE, LEADING, device)
+    leading = range(len(SCHEDULE) - len(SCHEDULE) // steps, -1, -(len(SCHEDULE) // steps))
+    eager = EagerDdim(SCHEDULE, leading, device)
 
     def start() -> Tensor:
         return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
 
     sampler = Sampler(
-        unet, SCHEDULE, prediction="sample", method="ddim", num_steps=STEPS, device=device
+        unet, SCHEDULE, prediction="sample", method="ddim", num_steps=steps, device=device
     )
     found: dict[str, System | Missing] = {
         OURS: System(
-            lambda: sampler.sample(shape, seed=0), lambda: randn(shape, seed=0, device=device)
+            lambda: sampler.sample(shape, seed=0),
+            lambda: randn(shape, seed=0, device=device),
+            leading,
         ),
-        "eager": System(lambda: eager(unet, start()), start),
+        "eager": System(lambda: eager(unet, start()), start, leading),
     }
     if compile_too:
         whole = compiled(unet, device.type)
         found["torch.compile"] = (
-            whole if isinstance(whole, Missing) else System(lambda: eager(whole, start()), start)
+            whole
+            if isinstance(whole, Missing)
+            else System(lambda: eager(whole, start()), start, leading)
         )
-    found["diffusers"] = of_diffusers(unet, n, start)
-    found["lucidrains"] = of_lucidrains(unet, shape, device)
-    openai = openai_diffusion("FIXED_SMALL", mean="START_X", respacing=f"ddim{STEPS}")
+    found["diffusers"] = of_diffusers(unet, n, start, leading)
+    found["lucidrains"] = of_lucidrains(unet, shape, device, steps)
+    openai = openai_diffusion("FIXED_SMALL", mean="START_X", respacing=f"ddim{steps}")
     found["OpenAI"] = System(
-        lambda: openai.ddim_sample_loop(unet, shape, noise=start(), device=device), start
+        lambda: openai.ddim_sample_loop(unet, shape, noise=start(), device=device), start, leading
     )
     return found
 
 
-def of_diffusers(unet: UNet, n: int, start: Callable[[], Tensor]) -> System | Missing:
+def of_diffusers(
+    unet: UNet, n: int, start: Callable[[], Tensor], timesteps: Sequence[int]
+) -> System | Missing:
     """DDIMPipeline around their UNet2DModel."""
     package = diffusers()
     if isinstance(package, Missing):
@@ -132,7 +138,7 @@ def of_diffusers(unet: UNet, n: int, start: Callable[[], Tensor]) -> System | Mi
         return pipeline(
             batch_size=n,
             generator=torch.Generator().manual_seed(0),
-            num_inference_steps=STEPS,
+            num_inference_steps=len(timesteps),
             use_clipped_model_output=True,  # as the others take it
             output_type="np",
         ).images
@@ -140,18 +146,20 @@ def of_diffusers(unet: UNet, n: int, start: Callable[[], Tensor]) -> System | Mi
     def images(found: Any) -> Tensor:
         return torch.from_numpy(found).permute(0, 3, 1, 2) * 2 - 1
 
-    return System(call, start, images)
+    return System(call, start, timesteps, images)
 
 
-def of_lucidrains(unet: UNet, shape: tuple[int, ...], device: torch.device) -> System | Missing:
+def of_lucidrains(
+    unet: UNet, shape: tuple[int, ...], device: torch.device, steps: int
+) -> System | Missing:
     """GaussianDiffusion around the network as it is: DDIM of their own timesteps."""
     diffusion = lucidrains_diffusion(
-        Wrapped(unet, shape[1]), shape[2], device, objective="pred_x0", sampling_timesteps=STEPS
+        Wrapped(unet, shape[1]), shape[2], device, objective="pred_x0", sampling_timesteps=steps
     )
     if isinstance(diffusion, Missing):
         return diffusion
     silence(diffusion)
-    times = torch.linspace(-1, len(SCHEDULE) - 1, STEPS + 1).int().tolist()
+    times = torch.linspace(-1, len(SCHEDULE) - 1, steps + 1).int().tolist()
 
     def call() -> Tensor:
         torch.manual_seed(0)
@@ -162,7 +170,7 @@ def of_lucidrains(unet: UNet, shape: tuple[int, ...], device: torch.device) -> S
         return torch.randn(shape, device=device)
 
     timesteps = tuple(reversed(times[1:]))
-    return System(call, start, lambda found: found * 2 - 1, timesteps)
+    return System(call, start, timesteps, lambda found: found * 2 - 1)
 
 
 def silence(diffusion: Any) -> None:
@@ -187,13 +195,13 @@ def bench_sample(record, case, device, quick):
     why = short_of_memory(device, 2_000_000_000)
     if why:
         pytest.skip(f"{why}: the end-to-end loop")
-    unet = network(side, quick, device)
+    unet, steps = network(side, quick, device), STEPS[quick]
     compile_too = case == QUICK_COMPILED if quick else case in COMPILED[device.type]
     state = torch.empty(shape, device="meta")
     name = f"sample, {'tiny' if quick else 'small'} UNet, DDIM"
     frozen = device.type == "cpu" and not quick  # which takes twice as long to compile
     with torch._inductor.config.patch(freezing=frozen), torch.inference_mode():
-        running = record.running(systems(unet, shape, device, compile_too))
+        running = record.running(systems(unet, shape, device, steps, compile_too))
         double = UNet(unet.config).to(device, torch.float64).eval()
         double.load_state_dict(unet.state_dict())
         with record.checking(name, state):
@@ -201,5 +209,5 @@ def bench_sample(record, case, device, quick):
                 check(each, system, double, device)
         calls = {each: system.call for each, system in running.items()}
         rounds = whole_calls(calls, device, 2.0 if quick else 15.0, 3)
-    flops = STEPS * flops_of(unet, shape)
-    record(name, state, rounds, images=n, steps=STEPS, flops=flops)
+    flops = steps * flops_of(unet, shape)
+    record(name, state, rounds, images=n, steps=steps, flops=flops)

@@ -153,7 +153,7 @@ def bench_short_trajectories(compare, device, classes, method, num_steps):
 
     moved = 16 * num_steps * x.numel()
     case = f"scheduler {method.lower()} trajectory of {num_steps}"
-    compare(case, x, moved, candidates, check, seconds=1.0, steps=num_steps)
+    compare(case, x, moved, candidates, check, seconds=1.0, calls=num_steps)
 
 
 @pytest.mark.full

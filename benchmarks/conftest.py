@@ -155,7 +155,7 @@ class Case:
         return {name: c for name, c in candidates.items() if not isinstance(c, Missing)}
 
     def start(
-        self, case: str, state: torch.Tensor | None, steps: int = 1, **more: Any
+        self, case: str, state: torch.Tensor | None, calls: int = 1, **more: Any
     ) -> dict[str, Any]:
         shape = None if state is None else list(state.shape)
         dtype = None if state is None else str(state.dtype).removeprefix("torch.")
@@ -165,7 +165,7 @@ class Case:
             "case": with_shape(case, shape, op),
             "shape": shape,
             "dtype": dtype,
-            "elements": None if state is None else steps * state.numel(),
+            "elements": None if state is None else calls * state.numel(),
             **more,
         }
 
@@ -208,7 +208,7 @@ def compare(
     """compare(case, state, bytes_moved, candidates, check) → seconds a call, by name.
 
     ``check`` is of the case, run on each of our backends; ``rule(name, call)`` of what a candidate
-    returns. ``steps``: calls of the op within one. The others are the row's own (results.py).
+    returns. ``calls``: of the op within one. The others are the row's own (results.py).
     """
     quick = request.config.getoption("--quick")
     building = Case(request, copy_bandwidth)
@@ -222,11 +222,11 @@ def compare(
         *,
         rule: Rule | None = None,
         seconds: float = 1.5,
-        steps: int = 1,
+        calls: int = 1,
         **more: Any,
     ) -> dict[str, float]:
         assert check or rule, f"{case} is not checked"
-        row = building.start(case, state, steps, bytes=bytes_moved, **{"flops": None} | more)
+        row = building.start(case, state, calls, bytes=bytes_moved, **{"flops": None} | more)
         running = building.running(candidates)
         with building.checked(row):
             for name in running if check else ():
@@ -264,12 +264,12 @@ def record(request: pytest.FixtureRequest, benchmark: Any, copy_bandwidth: float
         case: str,
         state: torch.Tensor | None,
         rounds: list[dict[str, float]],
-        steps: int = 1,
+        calls: int = 1,
         **more: Any,
     ) -> None:
         seconds = {name: statistics.median(r[name] for r in rounds) for name in rounds[0]}
         benchmark.pedantic(lambda: None)  # the figures are the case's own
-        row = building.start(case, state, steps, **{"bytes": None, "flops": None} | more)
+        row = building.start(case, state, calls, **{"bytes": None, "flops": None} | more)
         benchmark.extra_info.update(building.finish(row, seconds))
 
     # functions have attributes, of which mypy knows nothing
