@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Literal
@@ -133,7 +134,7 @@ class UNetConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, Real):
                 raise TypeError(f"{name} must be a number; got {value!r}")
-        if not 0 <= float(self.norm_eps) < float("inf"):
+        if not 0 <= self.norm_eps <= sys.float_info.max:  # an integer may be larger
             raise ValueError(f"norm_eps must be finite and at least 0; got {self.norm_eps}")
         for name in ("cosine_first", "scale_shift", "null_class"):
             if not isinstance(getattr(self, name), bool):

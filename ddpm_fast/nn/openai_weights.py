@@ -100,7 +100,10 @@ def config_of(options: Mapping[str, Any]) -> UNetConfig:
     multiples = _numbers("channel_mult", o["channel_mult"], float) or _MULTIPLES.get(size)
     if multiples is None:
         raise _bad("channel_mult", o["channel_mult"], f"image_size {size} has no default of it")
-    channels = tuple(int(multiple * base) for multiple in multiples)
+    try:
+        channels = tuple(int(multiple * base) for multiple in multiples)
+    except (OverflowError, ValueError):  # infinity, NaN
+        raise _bad("channel_mult", o["channel_mult"], "it must be finite numbers") from None
     sides = _numbers("attention_resolutions", o["attention_resolutions"], int)
     if sides and min(sides) < 1:
         raise _bad("attention_resolutions", o["attention_resolutions"], "they are sides in pixels")
@@ -148,7 +151,7 @@ def _numbers(name: str, value: Any, kind: type[int] | type[float]) -> tuple[Any,
     parts = value.split(",") if isinstance(value, str) and value else value or ()
     try:
         return tuple(kind(part) for part in parts)
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         raise _bad(name, value, "it must be numbers with commas between, or a list") from None
 
 

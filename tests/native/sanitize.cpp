@@ -58,6 +58,7 @@ int plant(const std::string& kind) {
     isa::randn(p, 1);
   } else if (kind == "leak") {
     float* volatile lost = new float[1023];
+    static_cast<void>(lost);
     lost = nullptr;
   } else if (kind == "race") {
     std::thread other([&] { draw(block.get(), 1023, 1); });
