@@ -33,7 +33,7 @@ def check(words: Sequence[str]) -> None:
         words = words[1:]
     redirected = next((i for i, word in enumerate(words) if _REDIRECTION.match(word)), len(words))
     program, *arguments = words[:redirected]
-    rule = _RULES.get(program)
+    rule = _RULES.get(program.removeprefix(".venv/bin/"))
     if rule is None:
         raise UnknownCommand(f"no rule for {program!r} in tests/documented_commands.py")
     rule(arguments)
@@ -152,7 +152,6 @@ _RULES: dict[str, Callable[[Sequence[str]], None]] = {
     "ddpm-fast": ddpm_fast,
     "python": _python,
     "python3": _python,
-    ".venv/bin/python": _python,
     "torchrun": _torchrun,
     "pip": _pip,
     "make": _make,
