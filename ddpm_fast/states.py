@@ -189,6 +189,7 @@ def _named(folder: Path, kind: str) -> dict[str, Any] | None:
         and isinstance(named.get("file"), str)
         and _TENSORS.fullmatch(named["file"])
         and type(named.get("bytes")) is int
+        and isinstance(named.get("sha256"), str)
     ):
         raise ValueError(f"{path} describes no state, or names no file of its tensors")
     return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -318,5 +317,7 @@ def parse_json(text: str) -> Any:
 
 def _at_least(least: int, **values: int) -> None:
     for name, value in values.items():
-        if not (value >= least and math.isfinite(value)):
+        if value < least:
             raise ValueError(f"{name} must be at least {least}; got {value}")
+        if value >= 1 << 63:
+            raise ValueError(f"{name} must be below 2^63; got {value}")
