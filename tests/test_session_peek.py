@@ -180,6 +180,29 @@ def test_of_a_cancelled_sample():
         gate.open()
 
 
+@pytest.mark.parametrize("finished", [False, True])
+def test_what_is_seen_is_the_callers_own(finished):
+    gate, session = gated(num_steps=2)
+    with session:
+        handle = session.submit()
+        gate.reached()
+        if finished:
+            gate.open()
+            handle.result(timeout=SECONDS)
+        looks = [handle.peek() for _ in range(3)]
+        gate.open()
+        seen = [look.result(timeout=SECONDS) for look in looks]
+        kept = seen[2].x.clone(), seen[2].x0.clone()
+        for step in seen[:2]:
+            step.x.fill_(1)
+            step.x0.fill_(2)
+        assert (seen[0].x == 1).all()
+        assert (seen[1].x == 1).all()
+        assert torch.equal(seen[2].x, kept[0])
+        assert torch.equal(seen[2].x0, kept[1])
+        assert torch.equal(handle.result(timeout=SECONDS), alone(maker(exact, num_steps=2), SHAPE))
+
+
 def test_a_cancelled_peek_is_forgotten():
     gate, session = gated(num_steps=2)
     with session:

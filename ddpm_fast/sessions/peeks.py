@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -59,11 +60,11 @@ def end(handle: Any) -> None:
         _tell(flyer, count, error)
     else:
         image = Future.result(handle).to("cpu", copy=True)
-        _tell(flyer, count, SampleStep(handle.num_steps - 1, handle.last_t, image, image))
+        _tell(flyer, count, SampleStep(handle.num_steps - 1, handle.last_t, image, image.clone()))
 
 
 def _tell(flyer: Flyer, count: int, step: SampleStep | BaseException | None) -> None:
-    for _ in range(count):  # who is told may ask again at once
+    for left in reversed(range(count)):  # who is told may ask again at once
         with contextlib.suppress(IndexError, InvalidStateError):  # another thread, or given up
             peek = flyer.peeks.popleft()
             if step is None:
@@ -71,4 +72,9 @@ def _tell(flyer: Flyer, count: int, step: SampleStep | BaseException | None) -> 
             elif isinstance(step, BaseException):
                 peek.set_exception(step)
             else:
-                peek.set_result(step)
+                peek.set_result(_copied(step) if left else step)
+
+
+def _copied(step: SampleStep) -> SampleStep:
+    """For all but the last that is told: each may change his own at once."""
+    return replace(step, x=step.x.clone(), x0=step.x0.clone())
