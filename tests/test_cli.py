@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import ddpm_fast
-from ddpm_fast import UNet
+from ddpm_fast import NoiseSchedule, Sampler, UNet
 from ddpm_fast.cli import main
 from ddpm_fast.training import digits
+from ddpm_fast.training.checkpoints import load_model
 
 
 def test_info(capsys):
@@ -78,8 +80,36 @@ def test_demo_writes_everything(tmp_path, capsys):
             assert min(image.size) > 100
     with Image.open(out / "denoising.gif") as image:
         assert image.n_frames > 20
-    UNet.from_pretrained(out / "checkpoint")
     assert "generated digits recognised" in capsys.readouterr().out
+    check_commands_take(out / "checkpoint", tmp_path)
+
+
+def check_commands_take(checkpoint, folder):
+    """Every command that takes a run's takes the demo's; its images are of the same model."""
+    unet, loaded = UNet.from_pretrained(checkpoint), load_model(checkpoint)
+    assert loaded.step == 12
+    assert loaded.class_names == [str(label) for label in range(10)]
+    for a, b in zip(unet.parameters(), loaded.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    quiet = ["--device", "cpu", "--quiet"]
+    few = ["--num", "3", "--seed", "7", "--num-steps", "2", "--guidance", "1.5"]
+    assert main(["sample", str(checkpoint), "--out", str(folder / "few"), *few, *quiet]) == 0
+    sampler = Sampler(loaded.model, NoiseSchedule.cosine(1000), num_steps=2, guidance_scale=1.5)
+    x = sampler.sample(
+        [3, 1, 8, 8],
+        seed=7,
+        model_kwargs={"class_labels": torch.arange(3)},
+        uncond_kwargs={"class_labels": None},
+    )
+    with Image.open(folder / "few" / "000002.png") as image:
+        drawn = torch.from_numpy(np.array(image)) / 127.5 - 1
+    assert (drawn - x[2, 0].clamp(-1, 1)).abs().max() < 1.01 / 127.5
+    bound = ["--data", "digits", "--num", "4", "--bits-per-dim", "--num-timesteps", "3"]
+    assert main(["evaluate", str(checkpoint), *bound, *quiet]) == 0
+    assert main(["convert", str(checkpoint), str(folder / "unet"), "--to", "ddpm_fast"]) == 0
+    again = UNet.from_pretrained(folder / "unet")
+    for a, b in zip(unet.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_demo_is_a_function_of_its_seed(tmp_path):

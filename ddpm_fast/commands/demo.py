@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
         f"{report['seconds_total']:.0f} s in all"
     )
     print(f"see samples.png, denoising.gif, loss.png and report.json in {arguments.out}")
+    print(f"more of them: ddpm-fast serve {shlex.quote(str(arguments.out / 'checkpoint'))}")
     if generated < report["required_accuracy"] and arguments.train_steps is None:
         print(f"that is less than {report['required_accuracy']:.0%}", file=sys.stderr)
         return 1

@@ -77,34 +77,12 @@ def write_checkpoint(checkpoints: Path, snapshot: Snapshot, keep: int = 0) -> Pa
     Raises:
         OSError: it cannot be written; nothing of it is left.
     """
-    from safetensors.torch import save
-
     name = folder_name(snapshot.step)
     partial, final = checkpoints / f".{name}.partial", checkpoints / name
     checkpoints.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(partial, ignore_errors=True)
-    averages = {
-        f"{rate!r}/{parameter}": tensor
-        for rate, tensors in snapshot.averages.items()
-        for parameter, tensor in tensors.items()
-    }
     try:
-        weights.write(partial, snapshot.model, UNet.__name__, snapshot.config.unet)
-        weights.write_bytes(partial / AVERAGES, save(averages))
-        weights.write_bytes(partial / OPTIMIZER, save(snapshot.optimizer))
-        state = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "step": snapshot.step,
-            "samples": snapshot.samples,
-            **snapshot.state,
-            "config": snapshot.config.to_dict(),
-            "files": {file: _fingerprint(partial / file) for file in FILES},
-        }
-        text = json.dumps(state, indent=2, ensure_ascii=False) + "\n"
-        # A name that is no UTF-8 comes as surrogates, which JSON writes as \udcXX.
-        weights.write_bytes(partial / STATE, text.encode(errors="backslashreplace"))
-        weights.sync_folder(partial)
+        write_folder(partial, snapshot)
         if final.exists():
             set_aside(final)
         os.rename(partial, final)
@@ -115,6 +93,37 @@ def write_checkpoint(checkpoints: Path, snapshot: Snapshot, keep: int = 0) -> Pa
     point_latest(checkpoints, name)
     _prune(checkpoints, keep, name)
     return final
+
+
+def write_folder(folder: Path, snapshot: Snapshot) -> None:
+    """The files of one checkpoint, state.json last; what is in the folder already is replaced.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    from safetensors.torch import save
+
+    averages = {
+        f"{rate!r}/{parameter}": tensor
+        for rate, tensors in snapshot.averages.items()
+        for parameter, tensor in tensors.items()
+    }
+    weights.write(folder, snapshot.model, UNet.__name__, snapshot.config.unet)
+    weights.write_bytes(folder / AVERAGES, save(averages))
+    weights.write_bytes(folder / OPTIMIZER, save(snapshot.optimizer))
+    state = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "step": snapshot.step,
+        "samples": snapshot.samples,
+        **snapshot.state,
+        "config": snapshot.config.to_dict(),
+        "files": {file: _fingerprint(folder / file) for file in FILES},
+    }
+    text = json.dumps(state, indent=2, ensure_ascii=False) + "\n"
+    # A name that is no UTF-8 comes as surrogates, which JSON writes as \udcXX.
+    weights.write_bytes(folder / STATE, text.encode(errors="backslashreplace"))
+    weights.sync_folder(folder)
 
 
 def steps_in(checkpoints: Path) -> list[tuple[int, Path]]:

@@ -23,6 +23,8 @@ from ..nn import UNet, UNetConfig
 from ..nn.checkpoint import write_bytes
 from ..sampler import Sampler
 from ..schedule import NoiseSchedule
+from .checkpoints import Snapshot, write_folder
+from .config import DataConfig, LossConfig, OptimizerConfig, RunConfig, ScheduleConfig
 from .order import data_order
 
 REQUIRED_ACCURACY = 0.9
@@ -129,6 +131,27 @@ def train(
     return averaged.eval(), losses
 
 
+def snapshot(model: UNet, config: DigitsConfig) -> Snapshot:
+    """The averaged model as a run's checkpoint, which ddpm-fast samples from, serves, evaluates and
+    converts; for training to go on, it lacks the optimiser and the rate's one cycle."""
+    run = RunConfig(
+        DataConfig("digits"),
+        config.unet,
+        ScheduleConfig("cosine"),
+        LossConfig(variance="fixed_small", label_dropout=config.label_dropout),
+        OptimizerConfig("adamw", config.learning_rate, warmup_steps=0),
+        ema_rates=(),  # the weights are the average already
+        batch_size=config.batch_size,
+        steps=config.train_steps,
+        seed=config.seed,
+    )
+    names = [str(label) for label in range(10)]
+    samples = config.train_steps * config.batch_size
+    return Snapshot(
+        run, run.steps, samples, model.state_dict(), {}, {}, state={"class_names": names}
+    )
+
+
 def to_pixels(x: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """[N, 1, 8, 8] in [-1, 1] as uint8 [N, 8, 8]."""
     levels = ((x[:, 0] + 1) * 127.5).round().clamp(0, 255)
@@ -213,7 +236,7 @@ def run(directory: Path, config: DigitsConfig, progress: bool = True) -> dict[st
         "machine": platform.machine(),
         "config": asdict(config),
     }
-    model.save_pretrained(directory / "checkpoint")
+    write_folder(directory / "checkpoint", snapshot(model, config))
     write_bytes(directory / "samples.png", figures.sample_grid(pixels[: 10 * shown]))
     write_bytes(directory / "denoising.gif", figures.animation(frames))
     write_bytes(directory / "loss.png", figures.loss_curve(losses))
