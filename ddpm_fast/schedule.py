@@ -64,7 +64,7 @@ class NoiseSchedule:
         sqrt_recip_alphas_cumprod, sqrt_recipm1_alphas_cumprod: √(1/ᾱ) and √(1/ᾱ − 1).
         posterior_mean_coef1 (of x_0), posterior_mean_coef2 (of x_t), posterior_variance: eq. 7.
         posterior_log_variance_clipped: its logarithm, where t = 0 takes t = 1's value.
-        snr: alphas_cumprod / (1 - alphas_cumprod).
+        snr: ᾱ / (1 − ᾱ), Kingma et al. 2021, eq. 2.
 
     Raises:
         ValueError: betas that are empty, not one-dimensional, not finite, or out of range.

@@ -31,6 +31,7 @@ PAPERS = {
     "Song": r"\bSong\b",
     "SH": r"\bSH\b|Salimans & Ho",
     "CFG": r"Ho & Salimans 2022",
+    "Kingma": r"\bKingma\b(?! & )",
 }
 
 
