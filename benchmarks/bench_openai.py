@@ -9,14 +9,17 @@ import time
 import numpy as np
 import pytest
 import torch
+from bench_denoising_loss import noise_in
 from comparison import ours
 from correctness import agree, like_randn
 from openai_diffusion import peer
+from redrawn import FORWARD, LIKELIHOOD, REVERSE, drawing, redrawn, seeded
 from results import OURS
 
 from ddpm_fast import accelerate, randn
 
 STEPS, KEPT = 1000, 250
+DRAWS = "torch.randn_like"  # the stock code, for its noise
 BPD_STEPS, BPD_ROUNDS = {16: 250, 128: 50}, 3  # of calc_bpd_loop, by batch
 CHOICES_SIZE = (16, 3, 32, 32)
 OF = peer("guided")
@@ -46,6 +49,24 @@ def tensors(size, variance, device):
     return randn(size, seed=1, device=device), output
 
 
+def rule_of_steps(stock_step, like, t, rtol):
+    """What the stock code makes of the noise that was drawn: ours by its address, the others by
+    torch's seed."""
+
+    def rule(name, call):
+        seed = seeded()
+        found = call()
+        torch.manual_seed(0)
+        if name.startswith(OURS):
+            with drawing(DRAWS, [redrawn(like, seed, REVERSE, t)]):
+                expected = stock_step()
+        else:
+            expected = stock_step()
+        agree(name, found, expected, rtol=rtol, atol=1e-4)
+
+    return rule
+
+
 @pytest.mark.parametrize("variance", VARIANCES)
 @pytest.mark.parametrize("method", ["p_sample", "ddim_sample"])
 def bench_step(compare, size, method, variance, device):
@@ -55,27 +76,12 @@ def bench_step(compare, size, method, variance, device):
     stock, fast = diffusion_of(variance), accelerate(diffusion_of(variance))
     torch_noise, model = accelerate(diffusion_of(variance), noise="torch"), model_of(output)
 
-    def check() -> None:
-        few, results = model_of(output[:64]), []
-        for diffusion in (stock, torch_noise):
-            torch.manual_seed(0)
-            results.append(getattr(diffusion, method)(few, x[:64], t[:64]))
-        agree("torch's noise", *results[::-1], rtol=1e-4, atol=1e-4)
-        # ours draws other noise around the same mean, and as much of it
-        found = getattr(fast, method)(few, x[:64], t[:64])
-        agree(f"{OURS}, x0", found["pred_xstart"], results[0]["pred_xstart"], atol=1e-4)
-        if method == "p_sample":
-            sigma = stock.p_mean_variance(few, x[:64], t[:64])["variance"].sqrt().double()
-            difference = found["sample"].double() - results[0]["sample"].double()
-            like_randn(OURS, difference / (2**0.5 * sigma), 1e-3)
-        else:
-            agree(OURS, found, results[0], rtol=1e-4, atol=1e-4)
-
     candidates = ours(lambda: getattr(fast, method)(model, x, t), device)
     candidates["OpenAI"] = lambda: getattr(stock, method)(model, x, t)
     candidates["our kernel, torch's noise"] = lambda: getattr(torch_noise, method)(model, x, t)
     name = f"OpenAI {method} {variance.lower()}"
-    compare(name, x, 4 * (3 * x.numel() + output.numel()), candidates, check)
+    rule = rule_of_steps(candidates["OpenAI"], x, t, 1e-4)
+    compare(name, x, 4 * (3 * x.numel() + output.numel()), candidates, rule=rule)
 
 
 @pytest.mark.full
@@ -105,18 +111,12 @@ def bench_step_choices(compare, choice, device):
             total = out["sample"].square().sum() + out["pred_xstart"].square().sum()
             return torch.autograd.grad(total, leaves)
 
-    def check() -> None:
-        results = []
-        for diffusion in (stock, torch_noise):
-            torch.manual_seed(0)
-            results.append(step(diffusion))
-        agree("torch's noise", *results[::-1], rtol=1e-3, atol=1e-4)
-
     candidates = ours(lambda: step(fast), device)
     candidates["OpenAI"] = lambda: step(stock)
     candidates["our kernel, torch's noise"] = lambda: step(torch_noise)
     nbytes = x.element_size() * (3 * x.numel() + output.numel())
-    compare(f"OpenAI p_sample {choice}", x, nbytes, candidates, check)
+    rule = rule_of_steps(candidates["OpenAI"], x, t, 1e-3)
+    compare(f"OpenAI p_sample {choice}", x, nbytes, candidates, rule=rule)
 
 
 @pytest.mark.parametrize("variance", VARIANCES)
@@ -127,23 +127,29 @@ def bench_training_losses(compare, size, variance, device):
     t = torch.arange(size[0], device=device) % (KEPT - 1) + 1  # float32's decoder is another matter
     stock, fast = diffusion_of(variance), accelerate(diffusion_of(variance))
 
-    def step(diffusion, count=None, noise=None):
+    def step(diffusion):
         with torch.inference_mode(False), torch.enable_grad():
-            leaf = output[:count].clone().requires_grad_()
-            terms = diffusion.training_losses(model_of(leaf), x0[:count], t[:count], noise=noise)
+            leaf = output.clone().requires_grad_()
+            terms = diffusion.training_losses(model_of(leaf), x0, t)
             terms["loss"].mean().backward()
         return terms["loss"].detach(), leaf.grad
 
-    def check() -> None:
-        noise = randn(x0[:64].shape, seed=3, device=device)
-        found, expected = (step(diffusion, 64, noise) for diffusion in (fast, stock))
-        agree(OURS, found, expected, rtol=1e-3, atol=1e-5)
+    def rule(name, call):
+        seed = seeded()
+        loss, gradient = call()
+        eps = noise_in(gradient[:, : x0.shape[1]], output)
+        if name.startswith(OURS):
+            agree(f"{name}, noise", eps, redrawn(x0, seed, FORWARD), atol=1e-5)
+        else:
+            like_randn(name, eps, 1e-5)
+        with drawing(DRAWS, [eps.float()]):
+            agree(name, (loss, gradient), step(stock), rtol=1e-3, atol=1e-5)
 
     candidates = ours(lambda: step(fast), device)
     candidates["OpenAI"] = lambda: step(stock)
     nbytes = 4 * (2 * x0.numel() + 3 * output.numel())
     name = f"OpenAI training_losses {variance.lower()}"
-    compare(name, x0, nbytes, candidates, check)
+    compare(name, x0, nbytes, candidates, rule=rule)
 
 
 @pytest.mark.full
@@ -155,16 +161,19 @@ def bench_calc_bpd_loop(record, batch, variance, device):
     x0 = x0.clamp(-1, 1).mul(127.5).round().div(127.5)
     steps = BPD_STEPS[batch]
     candidates = {"OpenAI": diffusion_of(variance, kept=steps)}
-    candidates[OURS] = accelerate(diffusion_of(variance, kept=steps), noise="torch")
-    results = []
-    for diffusion in candidates.values():
-        torch.manual_seed(0)
-        found = diffusion.calc_bpd_loop(model_of(output[:16]), x0[:16])
-        results.append({k: v[:, :-1] for k, v in found.items() if v.ndim == 2})
+    candidates[OURS] = accelerate(diffusion_of(variance, kept=steps))
+    few, seed = slice(0, 16), seeded()
+    found = candidates[OURS].calc_bpd_loop(model_of(output), x0)
+    draws = (redrawn(x0[few], seed, LIKELIHOOD, t) for t in reversed(range(steps)))
+    with drawing(DRAWS, draws):
+        expected = candidates["OpenAI"].calc_bpd_loop(model_of(output[few]), x0[few])
     name, state = f"OpenAI calc_bpd_loop {variance.lower()}", x0
     with record.checking(name, state, steps):
-        agree(OURS, results[1], results[0], rtol=1e-2, atol=1e-3)
-    accelerate(candidates[OURS])
+        for term in ("vb", "xstart_mse", "mse"):  # float32's decoder is another matter
+            agree(term, found[term][few, :-1], expected[term][few, :-1], rtol=1e-2, atol=1e-3)
+        agree("prior", found["prior_bpd"][few], expected["prior_bpd"], rtol=1e-4, atol=1e-6)
+        total = found["vb"].sum(1) + found["prior_bpd"]
+        agree("total", found["total_bpd"], total, rtol=1e-5)
 
     def seconds(diffusion):
         begin = time.perf_counter()

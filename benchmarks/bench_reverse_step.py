@@ -40,11 +40,21 @@ def first(result: Any) -> Tensor:
     return result[0] if isinstance(result, tuple) else result
 
 
+Rule = Callable[[str, Callable[[], Any]], None]
+
+
 def rule_of(
-    x: Tensor, eps: Tensor, tolerance: float, v: Tensor | None = None, x0: bool = False
-) -> Callable[[str, Callable[[], Any]], None]:
-    """Ours is the eager mean in float64 and addressed noise; of the others the noise is their own,
-    and what is not mean has to be like it. ``eps``: guided, in any dtype. ``x``: written to."""
+    x: Tensor,
+    eps: Tensor,
+    tolerance: float,
+    v: Tensor | None = None,
+    x0: bool = False,
+    lowp: Tensor | None = None,
+) -> Rule:
+    """Ours is the eager mean in float64 and addressed noise, rounded once to x's dtype; of the
+    others, which may be off by ``tolerance``, the noise is their own, and what is not mean has to
+    be like it. ``eps``: guided, in any dtype. ``x``: written to, and ``lowp`` besides."""
+    units = 0.0 if x.dtype == torch.float32 else torch.finfo(x.dtype).eps
     before = x.clone()
     few, said = x[:CHECKED].double(), eps[:CHECKED].double()
     t = torch.full((len(few),), T, device=x.device)
@@ -57,15 +67,22 @@ def rule_of(
         x.copy_(before)
         result = call()
         found = first(result)[:CHECKED].double()
-        if name.startswith(OURS) or name == "reference":
-            agree(name, found, mean + sigma * z, atol=tolerance)
+        if name.startswith((OURS, "our ")) or name == "reference":
+            agree(name, found, mean + sigma * z, atol=1e-5, rtol=units)
             if x0:
-                agree(f"{name}, x0", result[1][:CHECKED], predicted, atol=tolerance)
-        elif not name.startswith("our "):
+                agree(f"{name}, x0", result[1][:CHECKED], predicted, atol=1e-5, rtol=units)
+            if lowp is not None:
+                agree(f"{name}, the model's input", lowp, x.to(lowp.dtype))
+        else:
             like_randn(name, (found - mean) / sigma, 10 * tolerance / float(sigma.min()))
         x.copy_(before)
 
     return rule
+
+
+def rules(main: Rule, others: dict[str, Rule]) -> Rule:
+    """Of candidates that step another state, their own."""
+    return lambda name, call: others.get(name, main)(name, call)
 
 
 def from_diffusers(x: Tensor, said: Callable[[], Tensor], **config: Any) -> Maybe:
@@ -122,8 +139,9 @@ def bench_low_precision(compare, size, dtype, device, quick):
         candidates["torch.compile"] = calling(compiled(eager, device.type), low_x, low_eps, t)
     candidates["diffusers"] = from_diffusers(low_x, lambda: low_eps)
     name = f"reverse_step {str(dtype).removeprefix('torch.')}"
-    # Theirs rounds after each op: hence a tolerance that is wide for ours.
-    compare(name, low_x, 6 * x.numel(), candidates, rule=rule_of(low_x, low_eps, 0.05))
+    # Theirs rounds after each op.
+    rule = rules(rule_of(low_x, low_eps, 0.05), {"our float32": rule_of(x, eps, 1e-5)})
+    compare(name, low_x, 6 * x.numel(), candidates, rule=rule)
 
 
 VARIANTS = ["channels_last", "guidance", "learned_range", "x0 output", "bfloat16 model"]
@@ -134,7 +152,7 @@ def bench_variants(compare, large_size, variant, device, quick):
     """What each variant costs over the plain step, and what it costs the others."""
     x, eps, uncond = (randn(large_size, seed=i, device=device) for i in range(3))
     t = torch.full((large_size[0],), T, device=device)
-    plain_x, table, kwargs, moved, v = x.clone(), TABLE, {}, 12, None
+    plain_x, table, kwargs, moved, v, lowp = x.clone(), TABLE, {}, 12, None, None
     eager, said, config = EagerStep(SCHEDULE, device), eps, {}
     whole, arguments = eager.__call__, (x, eps, t)
     if variant == "channels_last":
@@ -151,7 +169,8 @@ def bench_variants(compare, large_size, variant, device, quick):
         whole, arguments = eager.learned, (x, eps, t)
     elif variant == "bfloat16 model":  # its input written beside the state
         said = eps = eps.bfloat16()
-        kwargs = {"out_lowp": torch.empty_like(eps)}
+        lowp = torch.empty_like(eps)
+        kwargs = {"out_lowp": lowp}
         whole, arguments = eager.with_model_input, (x, eps, t)
     else:
         kwargs, moved = {"return_x0": True}, 16
@@ -172,5 +191,8 @@ def bench_variants(compare, large_size, variant, device, quick):
         candidates["diffusers"] = from_diffusers(x, lambda: eps, **config)
     if variant == "learned_range":
         candidates["OpenAI"] = from_openai(x, eps, t, "LEARNED_RANGE")
-    rule = rule_of(x, said, 1e-5, v, variant == "x0 output")
+    rule = rules(
+        rule_of(x, said, 1e-5, v, variant == "x0 output", lowp),
+        {"our plain step": rule_of(plain_x, plain_eps, 1e-5)},
+    )
     compare(f"reverse_step {variant}", x, moved * x.numel(), candidates, rule=rule)

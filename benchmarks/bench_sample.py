@@ -5,6 +5,7 @@ noise to images, as its users call it. The network predicts x_0: with random wei
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch._inductor.config
-from comparison import compiled, short_of_memory, whole_calls
+from comparison import compiled_network, short_of_memory, whole_calls
 from correctness import agree
 from eager import EagerDdim
 from peers import Missing, Wrapped, diffusers, lucidrains_diffusion, openai_diffusion
@@ -34,9 +35,12 @@ QUICK_CASES = [(16, 1), (16, 8), (32, 1)]
 QUICK_COMPILED = (16, 8)
 # A compilation takes up to a minute.
 COMPILED = {
-    "cpu": [(32, 1), (32, 16), (64, 1)],
+    "cpu": [(32, 1), (32, 4), (32, 16), (64, 1)],
     "cuda": [(32, 1), (32, 256), (64, 1), (64, 64)],
 }
+# At other sides each system is there in the layout that suits PyTorch's convolutions.
+BOTH_LAYOUTS = 32
+LAST = torch.channels_last
 CHANNELS = {False: (32, 64, 64), True: (32, 64)}  # by --quick
 CHECKED = 2  # images of each call, against float64
 TOLERANCE = 1e-4  # of pixels in [-1, 1], after all steps
@@ -88,7 +92,12 @@ def flops_of(unet: UNet, shape: tuple[int, ...]) -> int:
 def systems(
     unet: UNet, shape: tuple[int, ...], device: torch.device, steps: int, compile_too: bool
 ) -> dict[str, System | Missing]:
+    """Plain PyTorch, torch.compile and diffusers with the network in both layouts of memory."""
     n = shape[0]
+    last = copy.deepcopy(unet).to(memory_format=LAST)
+    layouts = {"": unet, ", channels_last": last}
+    if shape[-1] > BOTH_LAYOUTS:
+        del layouts[""]
     leading = range(len(SCHEDULE) - len(SCHEDULE) // steps, -1, -(len(SCHEDULE) // steps))
     eager = EagerDdim(SCHEDULE, leading, device)
 
@@ -104,16 +113,25 @@ def systems(
             lambda: randn(shape, seed=0, device=device),
             leading,
         ),
-        "eager": System(lambda: eager(unet, start()), start, leading),
     }
-    if compile_too:
-        whole = compiled(unet, device.type)
-        found["torch.compile"] = (
-            whole
-            if isinstance(whole, Missing)
-            else System(lambda: eager(whole, start()), start, leading)
-        )
-    found["diffusers"] = of_diffusers(unet, n, start, leading)
+
+    def around(network: Callable[..., Tensor], is_last: bool) -> System:
+        """The loop in plain PyTorch; what a network returns may lie otherwise than what it took."""
+        format_ = LAST if is_last else torch.contiguous_format
+
+        def laid(x: Tensor, t: Tensor) -> Tensor:
+            return network(x.contiguous(memory_format=format_), t)
+
+        return System(lambda: eager(laid, start()), start, leading)
+
+    for layout, network in layouts.items():
+        found[f"eager{layout}"] = around(network, network is last)
+    for layout, network in layouts.items() if compile_too else ():
+        whole = compiled_network(network)
+        is_missing = isinstance(whole, Missing)
+        found[f"torch.compile{layout}"] = whole if is_missing else around(whole, network is last)
+    for layout, network in layouts.items():
+        found[f"diffusers{layout}"] = of_diffusers(network, n, start, leading)
     found["lucidrains"] = of_lucidrains(unet, shape, device, steps)
     openai = openai_diffusion("FIXED_SMALL", mean="START_X", respacing=f"ddim{steps}")
     found["OpenAI"] = System(
@@ -129,9 +147,10 @@ def of_diffusers(
     package = diffusers()
     if isinstance(package, Missing):
         return package
-    pipeline = package.DDIMPipeline(
-        unet.to_diffusers(), package.DDIMScheduler(prediction_type="sample")
-    )
+    network = unet.to_diffusers()
+    if unet.conv_in.weight.is_contiguous(memory_format=LAST):
+        network.to(memory_format=LAST)
+    pipeline = package.DDIMPipeline(network, package.DDIMScheduler(prediction_type="sample"))
     pipeline.set_progress_bar_config(disable=True)
 
     def call() -> Any:

@@ -14,12 +14,12 @@ import pytest
 import torch
 import torch._inductor.config
 from bench_sample import flops_of
-from comparison import compiled, short_of_memory, why_not_compiled
+from comparison import compiled_network, short_of_memory
 from correctness import within
 from eager import EagerStep
 from peers import Maybe, Missing, diffusers
 from results import OURS
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddpm_fast import NoiseSchedule, Sampler, UNet, UNetConfig, prepare
 from ddpm_fast.engine import REWRITES
@@ -166,22 +166,14 @@ def peers(model: UNet, count: int, quick: bool = False) -> dict[str, PeerSteps |
         found["diffusers"] = diffusers()
     on_gpu = model.conv_in.weight.is_cuda
     if not quick and not on_gpu:
-        found["torch.compile"] = stepping(compile_(theirs), model, count, False)
+        found["torch.compile"] = stepping(compiled_network(theirs), model, count, False)
     if not quick or on_gpu:
-        found["torch.compile, channels_last"] = stepping(compile_(last), model, count, True)
+        found["torch.compile, channels_last"] = stepping(compiled_network(last), model, count, True)
     return found
 
 
 def stepping(whole: Maybe, model: UNet, count: int, channels_last: bool) -> PeerSteps | Missing:
     return whole if isinstance(whole, Missing) else PeerSteps(whole, model, count, channels_last)
-
-
-def compile_(module: nn.Module) -> Maybe:
-    """As fast as PyTorch makes it: on a GPU by trying everything, on a CPU with frozen weights."""
-    if next(module.parameters()).device.type == "cpu":
-        return compiled(module)
-    why = why_not_compiled("cuda")
-    return Missing(why) if why else torch.compile(module, mode="max-autotune", dynamic=False)
 
 
 def in_turn(

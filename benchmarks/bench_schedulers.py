@@ -10,6 +10,7 @@ import pytest
 import torch
 from correctness import agree
 from peers import Missing, diffusers
+from redrawn import REVERSE, drawing, redrawn, seeded
 from results import OURS
 
 from ddpm_fast import randn
@@ -61,10 +62,16 @@ def stepping(
     return lambda: scheduler.step(m, next(timesteps), x, generator=generator, **more)
 
 
+def drawn_by(method: str) -> str:
+    """What the stock scheduler calls for its noise."""
+    return f"diffusers.schedulers.scheduling_{method.lower()}.randn_tensor"
+
+
 def compare_steps(
     compare: Any,
     device: torch.device,
     case: str,
+    method: str,
     classes: dict[str, Any],
     config: dict[str, Any],
     more: dict[str, Any],
@@ -83,18 +90,26 @@ def compare_steps(
         generator = torch.Generator(device).manual_seed(0) if with_generator else None
         candidates[name] = stepping(scheduler, x, m, generator, **more)
 
-    def check() -> None:
-        both = [
-            s.step(m, 500, x, generator=torch.Generator(device).manual_seed(1), **more).prev_sample
-            for s in schedulers.values()
-        ]
-        scale = max(1.0, both[1].abs().max().item())
-        tolerance = 4 * torch.finfo(min(dtype, torch.float32, key=lambda d: d.itemsize)).eps
-        agree(OURS, *both, atol=4 * tolerance * scale)
+    tolerance = 16 * torch.finfo(min(dtype, torch.float32, key=lambda d: d.itemsize)).eps
+
+    def rule(name: str, call: Callable[[], Any]) -> None:
+        """The stock step at the first timestep, of the noise that was drawn."""
+        seed, t = seeded(), schedulers[OURS].timesteps[0]
+        found = call().prev_sample
+        noise = redrawn(x, seed, REVERSE, int(t)) if name == OURS else torch.zeros_like(x)
+        torch.manual_seed(0)
+        if with_generator or name != OURS:  # their generator began at 0
+            generator = torch.Generator(device).manual_seed(0) if with_generator else None
+            expected = schedulers["diffusers"].step(m, t, x, generator=generator, **more)
+        else:
+            with drawing(drawn_by(method), [noise]):
+                expected = schedulers["diffusers"].step(m, t, x, **more)
+        scale = max(1.0, expected.prev_sample.abs().max().item())
+        agree(name, found, expected.prev_sample, atol=tolerance * scale)
 
     element = 4 if dtype == torch.float32 else dtype.itemsize
     moved = (3 * element + 4) * x.numel()
-    compare(case, x, moved, candidates, check, seconds=1.0)
+    compare(case, x, moved, candidates, rule=rule, seconds=1.0)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +122,7 @@ def compare_steps(
 def bench_step(compare, device, classes, shape, method, with_generator):
     case = f"scheduler {method.lower()}{' generator' if with_generator else ''}"
     compare_steps(
-        compare, device, case, classes[method], {}, {}, shape, torch.float32, with_generator
+        compare, device, case, method, classes[method], {}, {}, shape, torch.float32, with_generator
     )
 
 
@@ -118,8 +133,9 @@ def bench_configurations(compare, device, classes, config, shape):
     """No slower than the stock step in any of them."""
     method, settings, more, dtype = CONFIGS[config]
     compare_steps(
-        compare, device, f"scheduler {config}", classes[method], settings, more, shape, dtype, False
-    )
+        compare, device, f"scheduler {config}", method, classes[method], settings, more, shape,
+        dtype, False,
+    )  # fmt: skip
 
 
 def whole(scheduler: Any, num_steps: int, x: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
@@ -137,23 +153,27 @@ def bench_short_trajectories(compare, device, classes, method, num_steps):
     """Where what a list of timesteps costs is not spread over many steps."""
     x, m = (randn(SMALL, seed=seed, device=device) for seed in (1, 2))
     schedulers = {name: scheduler() for name, scheduler in classes[method].items()}
-    schedulers[OURS].set_noise("torch")
     candidates = {
         name: lambda scheduler=scheduler: whole(scheduler, num_steps, x, m)
         for name, scheduler in schedulers.items()
     }
 
-    def check() -> None:
-        both = []
-        for scheduler in schedulers.values():
-            torch.manual_seed(3)
-            both.append(whole(scheduler, num_steps, x, m))
-        agree(OURS, *both, atol=1e-4)
-        schedulers[OURS].set_noise()
+    def rule(name: str, call: Callable[[], torch.Tensor]) -> None:
+        """The stock trajectory, of the noise that was drawn."""
+        seed = seeded()
+        found = call()
+        torch.manual_seed(0)
+        if name == OURS:
+            at = [int(t) for t in schedulers[OURS].timesteps]
+            with drawing(drawn_by(method), [redrawn(x, seed, REVERSE, t) for t in at]):
+                expected = whole(schedulers["diffusers"], num_steps, x, m)
+        else:
+            expected = whole(schedulers["diffusers"], num_steps, x, m)
+        agree(name, found, expected, atol=1e-4)
 
     moved = 16 * num_steps * x.numel()
     case = f"scheduler {method.lower()} trajectory of {num_steps}"
-    compare(case, x, moved, candidates, check, seconds=1.0, calls=num_steps)
+    compare(case, x, moved, candidates, rule=rule, seconds=1.0, calls=num_steps)
 
 
 @pytest.mark.full

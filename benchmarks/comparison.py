@@ -12,11 +12,13 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch._dynamo
-from peers import Missing
+from peers import Maybe, Missing
 from results import OURS
+from torch import nn
 
 from ddpm_fast import backends, use_backend
 
@@ -96,16 +98,27 @@ def why_not_compiled(device_type: str) -> str:
 
 
 def compiled(
-    call: Callable[..., object], device_type: str = "cpu"
+    call: Callable[..., object], device_type: str = "cpu", **options: Any
 ) -> Callable[..., object] | Missing:
     """torch.compile of it for the shapes at hand. All callable objects count as one function, which
-    is compiled eight times and then runs as it is, with a warning: not here."""
+    is compiled eight times and then runs as it is, with a warning: not here. On a CPU its noise is
+    PyTorch's: Inductor's own is drawn number by number, and takes tens of times as long."""
     why = why_not_compiled(device_type)
     if why:
         return Missing(why)
     torch.compiler.reset()
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    return torch.compile(call, dynamic=False)
+    if device_type == "cpu":
+        options.setdefault("options", {"fallback_random": True})
+    return torch.compile(call, dynamic=False, **options)
+
+
+def compiled_network(module: nn.Module) -> Maybe:
+    """As fast as PyTorch makes it: on a GPU by trying everything, on a CPU as it is, for which
+    whoever calls it first may freeze the weights."""
+    device_type = next(module.parameters()).device.type
+    mode = {"mode": "max-autotune"} if device_type == "cuda" else {}
+    return compiled(module, device_type, **mode)
 
 
 def free_memory(device: torch.device) -> int:

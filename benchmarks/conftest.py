@@ -1,7 +1,9 @@
 """Benchmarks that compare: every candidate of a case is checked first, then timed in turn within
 one run, and the medians are set against each other. ``--device cuda`` measures on a GPU,
 ``--quick`` takes fewer rounds, sizes and cases, ``--results DIR`` keeps the rows in a JSON named
-after the device (results.py). What was left out is said at the end."""
+after the device (results.py). What was left out is said at the end; what failed, wrong results and
+crashes, has a row without a speed. A whole run, of all benchmarks, drops rows that none of them
+has any more."""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ from comparison import (
 )
 from correctness import WrongResult
 from peers import Missing
-from results import OURS, merged, path_of, read, table, with_shape, write
+from results import OURS, current, merged, path_of, read, table, with_shape, write
 
 import ddpm_fast
 from ddpm_fast.backends import select
@@ -36,6 +38,10 @@ from ddpm_fast.backends import select
 ROWS = pytest.StashKey[list[dict[str, Any]]]()
 BANDWIDTH = pytest.StashKey[float]()
 LEFT_OUT = pytest.StashKey[collections.Counter[str]]()
+SKIPPED = pytest.StashKey[set[str]]()  # tests, as rows name them
+NARROWED = pytest.StashKey[bool]()
+STARTED = pytest.StashKey[dict[str, Any]]()  # of a test: the row that it is at
+FAILED = pytest.StashKey[bool]()  # of a test: it has a row that says so
 QUICK = "quick: cases that --quick leaves out"
 
 
@@ -50,6 +56,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "full: a benchmark that --quick leaves out")
     config.stash[ROWS] = []
     config.stash[LEFT_OUT] = collections.Counter()
+    config.stash[SKIPPED] = set()
+    config.stash[NARROWED] = False
+    # torch.compile's own code calls what torch has deprecated: nothing that a reader could mend.
+    config.addinivalue_line("filterwarnings", "ignore:.*torch.jit:DeprecationWarning")
     # Its table has one of the candidates alone; --benchmark-verbose shows it all the same.
     config.option.benchmark_quiet = True
 
@@ -76,12 +86,75 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in left_out]
 
 
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    for item in items[:1]:
+        item.config.stash[NARROWED] = True
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
     report = yield
-    if report.skipped and call.excinfo is not None:
+    if call.excinfo is None:
+        return report
+    if report.skipped:
         item.config.stash[LEFT_OUT][str(call.excinfo.value)] += 1
+        item.config.stash[SKIPPED].add(name_of(item))
+    elif report.failed and not item.stash.get(FAILED, False) and BANDWIDTH in item.config.stash:
+        item.stash[FAILED] = True
+        add_crash(item, first_line(call.excinfo.value))
     return report
+
+
+def name_of(item: pytest.Item) -> str:
+    """As rows say which benchmark they are of."""
+    return f"{item.path.name}::{item.name}"
+
+
+def first_line(error: BaseException) -> str:
+    said = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {said[:200]}" if said else type(error).__name__
+
+
+def add_crash(item: pytest.Item, error: str) -> None:
+    """Of the row that the test was at; of those that it left in another run; or of the test."""
+    measured = {row["case"] for row in item.config.stash[ROWS]}
+    started = item.stash.get(STARTED, None)
+    rows = [started] if started else [r for r in earlier(item.config) if r["test"] == name_of(item)]
+    op = item.path.stem.removeprefix("bench_")
+    of_test = {"op": op, "case": f"{op} {item.name}", "shape": None, "dtype": None}
+    of_test |= {"elements": None, "test": name_of(item)}
+    known = ("op", "case", "shape", "dtype", "elements", "test")
+    for row in [row for row in rows if row["case"] not in measured] or [of_test]:
+        add_failure(item.config, {key: row[key] for key in known}, f"crashed ({error})")
+
+
+def add_failure(config: pytest.Config, row: dict[str, Any], why: str) -> None:
+    without = {"bytes": None, "flops": None, "microseconds": {}, "ratio": {}, "failed": why}
+    add_row(config, without | row)
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """After a whole run: rows of cases that are no more."""
+    config = session.config
+    if config.stash[ROWS] and int(exitstatus) in (0, 1) and whole_run(session):
+        path = results_path(config)
+        if path is not None and path.exists():
+            ran = {row["case"] for row in config.stash[ROWS]}
+            report = read(path)
+            write(path, report | {"rows": current(report["rows"], ran, config.stash[SKIPPED])})
+
+
+def whole_run(session: pytest.Session) -> bool:
+    """All of the benchmarks were collected, and each came to its turn."""
+    config = session.config
+    asked = {Path(config.invocation_params.dir, arg).resolve() for arg in config.args}
+    narrowing = ("quick", "keyword", "markexpr", "deselect", "ignore", "ignore_glob", "lf")
+    return (
+        asked == {Path(__file__).parent.resolve()}
+        and not any(config.getoption(name, None) for name in narrowing)
+        and not (config.stash[NARROWED] or session.shouldfail or session.shouldstop)
+        and not config.getoption("continue_on_collection_errors")
+    )
 
 
 @pytest.fixture(scope="session")
@@ -144,7 +217,7 @@ class Case:
     """A row as it becomes one."""
 
     def __init__(self, request: pytest.FixtureRequest, bandwidth: float) -> None:
-        self._config, self._bandwidth = request.config, bandwidth
+        self._config, self._bandwidth, self._test = request.config, bandwidth, request.node
         self._op = request.path.stem.removeprefix("bench_")
 
     def running(self, candidates: dict[str, Any]) -> dict[str, Callable[[], Any]]:
@@ -160,14 +233,17 @@ class Case:
         shape = None if state is None else list(state.shape)
         dtype = None if state is None else str(state.dtype).removeprefix("torch.")
         op = more.pop("op", self._op)
-        return {
+        row = {
             "op": op,
             "case": with_shape(case, shape, op),
             "shape": shape,
             "dtype": dtype,
             "elements": None if state is None else calls * state.numel(),
+            "test": name_of(self._test),
             **more,
         }
+        self._test.stash[STARTED] = row
+        return row
 
     @contextlib.contextmanager
     def checked(self, row: dict[str, Any]) -> Iterator[None]:
@@ -176,10 +252,8 @@ class Case:
             yield
         except AssertionError as error:
             said = str(error).strip() if isinstance(error, WrongResult) else shown(error)
-            add_row(
-                self._config,
-                row | {"microseconds": {}, "ratio": {}, "failed": f"wrong result ({said})"},
-            )
+            self._test.stash[FAILED] = True
+            add_failure(self._config, row, f"wrong result ({said})")
             pytest.fail(f"{row['case']}: wrong result ({said})", pytrace=False)
 
     def finish(self, row: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
@@ -283,13 +357,24 @@ def add_row(config: pytest.Config, row: dict[str, Any]) -> None:
     cases = [other["case"] for other in config.stash[ROWS]]
     assert row["case"] not in cases, f"two cases are called {row['case']!r}"
     report = report_of(config)
+    path = results_path(config)
     of_run = ("date", "torch", "ddpm_fast", "quick", "copy_gigabytes_per_second")
     config.stash[ROWS].append(row | {key: report[key] for key in of_run})
+    if path is not None:
+        write(path, report | {"rows": merged(earlier(config), config.stash[ROWS])})
+
+
+def results_path(config: pytest.Config) -> Path | None:
+    """Of --results, the device's file."""
     folder = config.getoption("--results")
-    if folder is not None:
-        path = path_of(folder, report["device"], report["quick"])
-        before = read(path)["rows"] if path.exists() else []
-        write(path, report | {"rows": merged(before, config.stash[ROWS])})
+    device = torch.device(config.getoption("--device"))
+    return folder and path_of(folder, device_name(device), config.getoption("--quick"))
+
+
+def earlier(config: pytest.Config) -> list[dict[str, Any]]:
+    """The rows of that file."""
+    path = results_path(config)
+    return read(path)["rows"] if path is not None and path.exists() else []
 
 
 def report_of(config: pytest.Config) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from results import OURS
 KNOWN = {
     "op", "case", "shape", "dtype", "elements", "bytes", "flops", "microseconds", "ratio", "date",
     "torch", "ddpm_fast", "quick", "copy_gigabytes_per_second", "gigabytes_per_second",
-    "percent_of_copy", "failed",
+    "percent_of_copy", "failed", "test",
 }  # fmt: skip
 
 

@@ -16,7 +16,8 @@ A file is of one device: ``device``, ``backend``, ``torch``, ``ddpm_fast``, ``da
 ``gigabytes_per_second``        ``bytes`` by our time
 ``percent_of_copy``             the same against ``copy_gigabytes_per_second``
 ``images``, ``steps``           of a call that draws images: ``microseconds`` are of the whole call
-``failed``                      why there is no speed: the result was wrong
+``failed``                      why there is no speed: the result was wrong, or the case crashed
+``test``                        the benchmark that took it, file and parameters
 ``date``, ``torch``,            of the run that took this row, as the next three
 ``ddpm_fast``, ``quick``,
 ``copy_gigabytes_per_second``
@@ -59,6 +60,7 @@ IMAGE = (3, 32, 32)
 OF_PIXELS = {"add_noise", "denoising_loss", "lucidrains", "openai", "randn", "reverse_step",
              "schedulers", "triton_cuts", "vlb_terms"}  # fmt: skip
 OF_ONE_SHAPE = {"launch", "session", "training_overhead"}
+FILES = {"rewrites": "sampling"}  # of ops that no file is named after
 OF_NETWORKS = {"sampling", "rewrites", "trajectory"}  # in the dtype that the device has
 
 
@@ -91,6 +93,7 @@ def rows(path: Path) -> list[Row]:
 def normalised(row: Row, report: Report) -> Row:
     """A row with everything that one has today, derived where it was written before that."""
     found = {key: report.get(key) for key in OF_RUN} | {"bytes": None, "flops": None} | row
+    found.setdefault("test", None)
     found.setdefault("op", op_of(row["case"]))
     found.setdefault("dtype", dtype_of(row["case"], found["op"]))
     if "shape" not in found:
@@ -144,6 +147,19 @@ def merged(before: list[Row], now: list[Row]) -> list[Row]:
     """Rows of earlier runs, those of the same case replaced in their places, the others after."""
     new = {row["case"]: row for row in now}
     return [new.pop(row["case"], row) for row in before] + list(new.values())
+
+
+def current(before: list[Row], ran: set[str], skipped: set[str]) -> list[Row]:
+    """What is left of a file after a run of all benchmarks: cases that ran, and those whose
+    benchmarks were skipped (of rows that do not name theirs, those of a file of which any was)."""
+    files = {test.partition(".py::")[0] for test in skipped}
+
+    def kept(row: Row) -> bool:
+        file = f"bench_{FILES.get(row['op'], row['op'])}"
+        was_skipped = row["test"] in skipped if row["test"] else file in files
+        return row["case"] in ran or was_skipped
+
+    return [row for row in before if kept(row)]
 
 
 def write(path: Path, report: Report) -> None:
