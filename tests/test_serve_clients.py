@@ -70,7 +70,7 @@ def test_where_there_is_no_room_it_says_when_to_ask_again():
 def test_requests_at_once_are_bounded():
     with gated(replace(LIMITS, max_requests=2)) as (gate, service, client):
         asked = [in_thread(post, client, seed=seed) for seed in range(2)]
-        wait_for(lambda: service.requests == 2)
+        wait_for(lambda: service.drawing == 2)
         busy = post(client, seed=3)
         assert busy.status_code == 429
         assert "2 requests" in message_of(busy)
@@ -111,14 +111,24 @@ def test_a_head_too_large():
 def test_connections_are_bounded():
     with running(app(limits=replace(LIMITS, max_connections=4))) as client:
         assert client.get("/healthz").status_code == 200
-        raws = [Raw(client) for _ in range(20)]
+        raws = [Raw(client) for _ in range(40)]
         try:
             wait_for(lambda: client.get("/healthz").status_code == 503)
-            assert sum(raw.socket.recv(1) == b"" for raw in raws[9:]) == 11  # cut at once
+            full = client.get("/healthz")
+            assert "4 connections are open" in message_of(full)
+            assert full.headers["retry-after"] == "1"
+            assert sum(cut(raw) for raw in raws[20:]) == 20  # at once
         finally:
             for raw in raws:
                 raw.socket.close()
         wait_for(lambda: client.get("/healthz").status_code == 200)
+
+
+def cut(raw):
+    try:
+        return raw.socket.recv(1) == b""
+    except ConnectionResetError:
+        return True
 
 
 # Who goes away -----------------------------------------------------------------------------
@@ -149,7 +159,7 @@ def test_what_others_want_is_drawn_once_and_goes_on():
         raw.post("/api/images", {"seed": 5, "count": 2})
         gate.reached()
         other = in_thread(client.get, "/api/images/5/1.png?class=dog")
-        wait_for(lambda: service.requests == 2)
+        wait_for(lambda: service.drawing == 2)
         assert asked_for(service) == 2
         raw.socket.close()
         wait_for(lambda: service.status()["cancelled"] == 1)
@@ -255,7 +265,7 @@ def test_a_reader_that_takes_nothing_is_cut_and_its_images_given_up():
     with running(application) as client:
         with Raw(client, receive_buffer=4096) as raw:
             raw.post("/api/live", {"count": 4, "watch": "both", "frames": 120})
-            wait_for(lambda: service.requests == 1)
+            wait_for(lambda: service.drawing == 1)
             wait_for(lambda: idle(service))  # not because they were finished
             assert service.status()["drawn"] == 0
             assert service.status()["cancelled"] == 4

@@ -150,7 +150,7 @@ def test_two_watch_the_same_image_which_is_drawn_once():
             client.stream("POST", "/api/live", json={"seed": 3}) as one,
             client.stream("POST", "/api/live", json={"seed": 3}) as other,
         ):
-            wait_for(lambda: service.requests == 2)
+            wait_for(lambda: service.drawing == 2)
             gate.open()
             told = [list(events(response)) for response in (one, other)]
         files = [event["png"] for lines in told for event in lines if event["event"] == "image"]

@@ -198,7 +198,7 @@ def test_a_page_that_is_closed_is_given_up(open_page):
         page = open_page(f"{client.base_url}/")
         page.click("#draw")
         gate.reached()
-        wait_for(lambda: service.requests == 1)
+        wait_for(lambda: service.drawing == 1)
         page.close()
         wait_for(lambda: service.requests == 0)
         gate.open()

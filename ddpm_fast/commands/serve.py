@@ -80,8 +80,12 @@ def run(arguments: argparse.Namespace) -> int:
     if missing_package("serve", "serve", ("PIL", "safetensors", "starlette", "uvicorn")):
         return 2
     from ..serving.limits import Limits
-    from ..serving.running import KILLED, is_loopback, listen, run, url_of
+    from ..serving.running import KILLED, is_loopback, listen, run, say, url_of
 
+    steps, most = arguments.num_steps, arguments.max_steps
+    if steps is not None and most is not None and steps > most:
+        told = f"--num-steps must be at most --max-steps, {most}: clients can ask for no more"
+        return failed("serve", f"{told}; got {steps}", 2)
     try:
         limits = Limits(
             max_batch=arguments.max_batch,
@@ -102,16 +106,19 @@ def run(arguments: argparse.Namespace) -> int:
             app, name = _app(arguments, limits, local)
         except (OSError, RuntimeError, ValueError) as error:
             return failed("serve", error, 2)
+        except (MemoryError, OverflowError) as error:
+            what = f"no memory for a batch of {limits.max_batch} images (--max-batch)"
+            return failed("serve", f"{what}: {error}" if str(error) else what, 2)
         except KeyboardInterrupt:  # while the model is read
             return failed("serve", "interrupted", KILLED + signal.SIGINT)
         if not local:
-            print(
+            say(
                 f"ddpm-fast serve: whoever reaches {arguments.host} can have images drawn: there "
                 "is no authentication",
-                file=sys.stderr,
+                sys.stderr,
             )
         if not arguments.quiet:
-            print(f"serving {name} at {url_of(listener)}", flush=True)
+            say(f"serving {name} at {url_of(listener)}", sys.stdout)
         return run(app, listener, arguments.grace, arguments.quiet)
 
 
@@ -150,14 +157,16 @@ def _run_of(checkpoint: Path) -> str:
 
 
 def _port(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 1 << 16:
-        raise argparse.ArgumentTypeError("must lie in 0 … 65535")
-    return value
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) < 1 << 16):
+        raise argparse.ArgumentTypeError(f"must be a number in 0 … 65535; got {text!r}")
+    return int(text)
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
     if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError("must be 0 or more")
+        raise argparse.ArgumentTypeError(f"must be a number of seconds, 0 or more; got {text!r}")
     return value

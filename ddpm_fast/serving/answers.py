@@ -1,4 +1,4 @@
-"""Answers that may be large: a client that reads slowly is waited for, and counts as a request."""
+"""Answers that may be large: a client that reads slowly is waited for."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from .service import Service
-
 _CHUNK = 1 << 16
 
 
@@ -16,23 +14,18 @@ class Answer(Response):
     """Sent in parts, each when the one before has left: the server knows when it has been sent.
 
     Args:
-        service: that it counts at.
         content: of the body.
         headers: beside its type and length.
         media_type: of the body.
     """
 
-    def __init__(
-        self, service: Service, content: bytes, headers: Mapping[str, str], media_type: str
-    ) -> None:
+    def __init__(self, content: bytes, headers: Mapping[str, str], media_type: str) -> None:
         super().__init__(content, headers=headers, media_type=media_type)
-        self._service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._service.answering():
-            start = {"type": "http.response.start", "status": self.status_code}
-            await send({**start, "headers": self.raw_headers})
-            for i in range(0, len(self.body), _CHUNK):
-                part = bytes(self.body[i : i + _CHUNK])
-                await send({"type": "http.response.body", "body": part, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        start = {"type": "http.response.start", "status": self.status_code}
+        await send({**start, "headers": self.raw_headers})
+        for i in range(0, len(self.body), _CHUNK):
+            part = bytes(self.body[i : i + _CHUNK])
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})

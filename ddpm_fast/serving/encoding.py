@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..sessions.threads import release_threads
-from ..training.pictures import png, to_uint8
+from ..training.pictures import grid, png, to_uint8
 from .offer import Address, Offer
 
 SHEET_PIXELS = 1 << 18  # of a live view's picture: beyond it every second pixel is left out, …
@@ -39,6 +40,25 @@ def picture(offer: Offer, address: Address, x: Tensor) -> Picture:
         return Picture(pixels, png(pixels, json.dumps(told)))
     finally:
         release_threads()  # which are the session's
+
+
+def listed(offer: Offer, addresses: Sequence[Address], pictures: Sequence[Picture]) -> bytes:
+    """Images as JSON: address, URL and file of each."""
+    images = [
+        {**offer.told(address), "png": base64.b64encode(picture.file).decode()}
+        for address, picture in zip(addresses, pictures, strict=True)
+    ]
+    return json.dumps({"model": offer.fingerprint, "images": images}).encode()
+
+
+def together(pictures: Sequence[Picture]) -> bytes:
+    """Images as one PNG file: the only one's, or a grid of them all."""
+    if len(pictures) == 1:
+        return pictures[0].file
+    try:
+        return grid(torch.stack([each.pixels for each in pictures]))
+    finally:
+        release_threads()
 
 
 def sheet(states: Sequence[Tensor]) -> tuple[bytes, int]:

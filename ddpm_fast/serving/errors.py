@@ -38,6 +38,12 @@ class RequestError(Exception):
         return failure(self.status, self.message, self.field, self.headers)
 
 
+def shutting_down() -> RequestError:
+    """Of requests that come too late, or are given up."""
+    headers = {"connection": "close", "retry-after": "5"}
+    return RequestError(503, "the server shuts down", headers=headers)
+
+
 def failure(
     status: int,
     message: str,

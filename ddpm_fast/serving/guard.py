@@ -6,12 +6,13 @@ import asyncio
 import contextlib
 from collections.abc import Collection, Coroutine
 from typing import Any, TypeVar
+from urllib.parse import unquote
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .errors import ClientGone, RequestError
+from .errors import ClientGone, RequestError, shutting_down
 from .service import Service
 
 _T = TypeVar("_T")
@@ -20,7 +21,7 @@ MOST_HEAD_BYTES = 16384
 
 # The page's own: nothing from elsewhere, and nobody else's page around it
 _HEADERS = {
-    "content-security-policy": "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; "
+    "content-security-policy": "default-src 'self'; img-src 'self' blob:; object-src 'none'; "
     "base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
@@ -50,8 +51,12 @@ class Guard:
             await self._app(scope, receive, send)
             return
 
+        scope, started = _origin_form(scope), False
+
         async def guarded(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
+                started = True
                 headers = MutableHeaders(scope=message)
                 for name, value in _HEADERS.items():
                     headers.setdefault(name, value)
@@ -60,8 +65,15 @@ class Guard:
         refusal = self._refusal(scope)
         if refusal is not None:
             await refusal.response()(scope, receive, guarded)
-        else:
-            await self._app(scope, receive, guarded)
+            return
+        counted = contextlib.nullcontext() if _is_look(scope) else self._service.taken()
+        try:
+            with counted:
+                await self._app(scope, receive, guarded)
+        except asyncio.CancelledError:  # by a server whose time is over
+            if started:
+                raise
+            await shutting_down().response()(scope, receive, guarded)
 
     def _refusal(self, scope: Scope) -> RequestError | None:
         headers = Headers(scope=scope)
@@ -83,12 +95,29 @@ class Guard:
             and headers.get("sec-fetch-mode") != "navigate"
         ):
             return RequestError(403, "asked for by a page of another site")
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
-        if self._service.draining and path not in _WHILE_DRAINING:
-            return RequestError(
-                503, "the server shuts down", headers={"connection": "close", "retry-after": "5"}
-            )
-        return None
+        return shutting_down() if self._service.draining and not _is_look(scope) else None
+
+
+def _is_look(scope: Scope) -> bool:
+    """At the server itself, which is answered at once and until its end."""
+    return scope["path"].removeprefix(scope.get("root_path", "")) in _WHILE_DRAINING
+
+
+def _origin_form(scope: Scope) -> Scope:
+    """A request's target may be a whole URL, whose host then counts in place of the header's
+    (RFC 9112, 3.2.2)."""
+    raw = scope.get("raw_path") or b""
+    scheme, found, rest = raw.partition(b"://")
+    if not found or scheme.lower() not in (b"http", b"https"):
+        return scope
+    host, _, path = rest.partition(b"/")
+    headers = [(name, value) for name, value in scope["headers"] if name != b"host"]
+    return {
+        **scope,
+        "raw_path": b"/" + path,
+        "path": unquote("/" + path.decode("ascii")),
+        "headers": [(b"host", host), *headers],
+    }
 
 
 def host_name(host: str) -> str:
@@ -102,17 +131,15 @@ def host_name(host: str) -> str:
     return host.partition(":")[0].lower()
 
 
-async def json_body(request: Request, most: int, seconds: float) -> bytes:
-    """A request's body.
-
-    Args:
-        most: bytes.
-        seconds: in which it has to be there.
+async def json_body(request: Request, service: Service) -> bytes:
+    """A request's body, of at most ``body_bytes`` within ``body_seconds``.
 
     Raises:
-        RequestError: 415 for another type than JSON's, 413 for more bytes, 408 for later ones.
-        ClientGone: it never will be.
+        RequestError: 415 for another type than JSON's, 413 for more bytes, 408 for later ones, 503
+            where the server gives up before.
+        ClientGone: it never will be there.
     """
+    most, seconds = service.offer.limits.body_bytes, service.offer.limits.body_seconds
     kind, _, parameters = request.headers.get("content-type", "").partition(";")
     charset = parameters.strip().lower().replace('"', "")
     if kind.strip().lower() != "application/json" or charset not in ("", "charset=utf-8"):
@@ -134,16 +161,20 @@ async def json_body(request: Request, most: int, seconds: float) -> bytes:
 
     too_large = declared.isdecimal() and int(declared) > most
     if not too_large:
-        try:
-            await asyncio.wait_for(read(most), seconds)
-        except (asyncio.TimeoutError, TimeoutError):
+        done = await _first(read(most), service.given_up.wait(), seconds)
+        if done is None and service.given_up.is_set():
+            raise shutting_down()
+        if done is None:
             raise RequestError(
                 408, f"the body was not there within {seconds:g} s", headers=_CLOSING
-            ) from None
+            )
+        done.result()
         too_large = len(body) > most
     if too_large:
-        with contextlib.suppress(asyncio.TimeoutError, TimeoutError):
-            await asyncio.wait_for(read(_DISCARDED), min(_DISCARD_SECONDS, seconds))
+        # Who asks first whether to send it has sent nothing yet, and reading would say yes
+        if request.headers.get("expect", "").lower() != "100-continue" or body:
+            with contextlib.suppress(asyncio.TimeoutError, TimeoutError):
+                await asyncio.wait_for(read(_DISCARDED), min(_DISCARD_SECONDS, seconds))
         raise RequestError(413, f"the body must have at most {most} bytes", headers=_CLOSING)
     return bytes(body)
 
@@ -154,16 +185,24 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:
     Raises:
         ClientGone: the client went away before; the work was cancelled.
     """
-    working, gone = asyncio.ensure_future(work), asyncio.ensure_future(_left(receive))
+    done = await _first(work, _left(receive))
+    if done is None:
+        raise ClientGone
+    return done.result()
+
+
+async def _first(
+    work: Coroutine[Any, Any, _T], other: Coroutine[Any, Any, Any], seconds: float | None = None
+) -> asyncio.Future[_T] | None:
+    """The work, done; None: the other was before it, or it took too long, and it was cancelled."""
+    working, waiting = asyncio.ensure_future(work), asyncio.ensure_future(other)
     try:
-        await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientGone
-        return working.result()
+        await asyncio.wait((working, waiting), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        return working if working.done() else None
     finally:
         working.cancel()
-        gone.cancel()
-        await asyncio.gather(working, gone, return_exceptions=True)
+        waiting.cancel()
+        await asyncio.gather(working, waiting, return_exceptions=True)
 
 
 async def _left(receive: Receive) -> None:

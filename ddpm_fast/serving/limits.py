@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 
 # Names by which a browser on the same machine reaches a server that listens there alone
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_MOST = 1_000_000_000  # of anything that is counted
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Limits:
         max_images: of one request; by default 64, or max_batch + max_waiting if that is less.
         max_steps: of an image; by default as many as the schedule has.
         max_guidance: of a guidance scale's absolute value.
-        max_requests: that draw or are answered at the same time.
+        max_requests: that draw at the same time; one whose answer is still being read does not.
         max_connections: open at the same time, those of clients that ask for nothing included.
         max_frames: of a live view, spread over the steps of its images; beside them it sends
             ``frames_per_second`` where steps take long.
@@ -63,6 +64,8 @@ class Limits:
                 raise ValueError(f"{field.name} must be positive and finite; got {value}")
             if whole and value < least:
                 raise ValueError(f"{field.name} must be at least {least}; got {value}")
+            if whole and value > _MOST:
+                raise ValueError(f"{field.name} must be at most {_MOST:,}; got {value}")
         if self.max_images is not None and self.max_images > self.room:
             raise ValueError(
                 f"max_images must be at most max_batch + max_waiting, {self.room}: a request of "

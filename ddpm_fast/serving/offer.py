@@ -76,6 +76,12 @@ class Offer:
             raise ValueError("guidance needs classes, and none are given")
         if isinstance(scale, torch.Tensor):
             raise TypeError("the sampler's guidance_scale must be a number, or None")
+        if scale is not None and not abs(scale) <= limits.max_guidance:
+            most = limits.max_guidance
+            raise ValueError(
+                f"guidance_scale must lie in {-most:g} … {most:g} (max_guidance), so that clients "
+                f"can name it; got {scale:g}"
+            )
         self.guidance, self.guidance_scale = guidance or scale is not None, scale
         self.most_steps = min(len(sampler.schedule), limits.max_steps or len(sampler.schedule))
         self.default_steps = min(len(sampler), self.most_steps)

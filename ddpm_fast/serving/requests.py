@@ -7,7 +7,6 @@ more than 53 bits of them.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ SEEDS, IDS = 1 << 64, 1 << 63
 _DIGITS = re.compile(r"[0-9]{1,20}", re.ASCII)
 _DECIMAL = re.compile(r"-?[0-9]{1,20}(\.[0-9]{0,20})?(e[+-]?[0-9]{1,3})?", re.ASCII | re.I)
 _LONGEST = 60  # characters of a value that an error repeats
+_MOST_DIGITS = 1000  # of a number; Python reads no more than 4300
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,19 @@ def read_json(body: bytes) -> dict[str, Any]:
     """A request's body, an object.
 
     Raises:
-        RequestError: 400 for what is no JSON, 422 for what is no object or names a field twice.
+        RequestError: 400 for what is no JSON or a number without end, 422 for what is no object or
+            names a field twice.
     """
 
     def constant(name: str) -> NoReturn:
         raise ValueError(f"{name} is not JSON")
+
+    def whole(text: str) -> int:
+        if len(text) > _MOST_DIGITS:
+            raise RequestError(
+                400, f"a number must have at most {_MOST_DIGITS} digits; got {len(text)}"
+            )
+        return int(text)
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)
@@ -62,7 +70,9 @@ def read_json(body: bytes) -> dict[str, Any]:
         return values
 
     try:
-        values = json.loads(body.decode(), parse_constant=constant, object_pairs_hook=once)
+        values = json.loads(
+            body.decode(), parse_int=whole, parse_constant=constant, object_pairs_hook=once
+        )
     except UnicodeDecodeError as error:
         raise RequestError(400, f"the body is not UTF-8: {error.reason}") from None
     except RecursionError:
@@ -206,7 +216,7 @@ def _scale(values: Mapping[str, Any], offer: Offer) -> float | None:
         )
     most = offer.limits.max_guidance
     number = isinstance(given, (int, float)) and not isinstance(given, bool)
-    if not number or not (math.isfinite(given) and abs(given) <= most):
+    if not number or not -most <= given <= most:  # an integer of any length compares
         raise RequestError(
             422, f"must be a number in {-most:g} … {most:g}; got {shown(given)}", "guidance_scale"
         )

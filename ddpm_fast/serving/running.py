@@ -13,11 +13,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import uvicorn
 
-from .connection import Connection, sweep
+from .connection import TOLD, Connection, sweep
+from .descriptors import fitting
 from .guard import MOST_HEAD_BYTES
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 KILLED = 128  # a shell's status for a process that a signal ended, plus the signal
 _TELL_SECONDS = 2.0  # in which clients are told that their images were given up
 _TICK = 0.05
+_BACKLOG = 128  # asyncio accepts as many at once, before a connection is counted
 
 
 class Server(uvicorn.Server):
@@ -39,14 +41,17 @@ class Server(uvicorn.Server):
         app: of ``create_app``.
         grace: seconds of the first stage, after which what is not finished is given up; None: as
             long as it takes.
+        raising: whether the process may have more files open than it may now, if need be.
 
     Attributes:
+        connections: how many it keeps: as many as the limits say and files may be open.
         gave_up: some was not finished.
     """
 
-    def __init__(self, app: Starlette, grace: float | None = None) -> None:
+    def __init__(self, app: Starlette, grace: float | None = None, raising: bool = False) -> None:
         self.service: Service = app.state.service
         self.limits = self.service.offer.limits
+        self.connections = fitting(self.limits.max_connections, TOLD + _BACKLOG, raising)
         super().__init__(
             uvicorn.Config(
                 app,
@@ -59,7 +64,8 @@ class Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
-                limit_concurrency=self.limits.max_connections,
+                limit_concurrency=self.connections,
+                backlog=_BACKLOG,
                 h11_max_incomplete_event_size=MOST_HEAD_BYTES,
                 timeout_keep_alive=math.ceil(self.limits.head_seconds),
             )
@@ -115,6 +121,8 @@ class Server(uvicorn.Server):
             if self._sweeping is not None:
                 self._sweeping.cancel()
             for connection in list(self.server_state.connections):
+                if connection.transport.get_write_buffer_size():
+                    self.gave_up = True  # of an answer that was not taken
                 connection.transport.abort()
             if self.force_exit:  # then uvicorn leaves the application's end out
                 await self.lifespan.shutdown()
@@ -128,7 +136,11 @@ def listen(host: str, port: int) -> socket.socket:
     Raises:
         OSError: no such address, or it is taken.
     """
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    kind, passive = socket.SOCK_STREAM, socket.AI_PASSIVE
+    try:
+        found = socket.getaddrinfo(host, port, type=kind, flags=passive)
+    except UnicodeError:  # of its encoding as a name
+        raise OSError("it is no name of a host") from None
     family, _, _, _, address = found[0]
     return socket.create_server(address[:2], family=family)
 
@@ -143,6 +155,15 @@ def url_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def say(text: str, stream: TextIO) -> None:
+    """In a line of its own. Who has read it so far may have gone: that ends no server."""
+    try:
+        print(text, file=stream, flush=True)
+    except OSError:
+        with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())  # or Python fails once more at its end
+
+
 def run(app: Starlette, listener: socket.socket, grace: float | None, quiet: bool = False) -> int:
     """Serves until SIGINT or SIGTERM, then finishes what runs; in the main thread.
 
@@ -150,17 +171,23 @@ def run(app: Starlette, listener: socket.socket, grace: float | None, quiet: boo
         The exit status: 0, all that was asked for is answered; 1, ``grace`` was over before; 128
         and its number, a second signal gave up.
     """
-    server = Server(app, grace)
+    server = Server(app, grace, raising=True)
+    if server.connections < server.limits.max_connections:
+        say(
+            f"no more than {server.connections} connections: the system lets this process have no "
+            "more files open (ulimit -n)",
+            sys.stderr,
+        )
     signals: list[int] = []
 
     def stop(number: int) -> None:
         signals.append(number)
         if len(signals) > 2:  # a step that does not end
             os._exit(KILLED + number)
+        server.stop()
         if len(signals) == 1 and not quiet and (count := server.service.requests):
             what = f"{count} request{'s' * (count != 1)}"
-            print(f"finishing {what}; again gives up", file=sys.stderr, flush=True)
-        server.stop()
+            say(f"finishing {what}; again gives up", sys.stderr)
 
     async def main() -> None:
         loop = asyncio.get_running_loop()

@@ -12,7 +12,7 @@ from typing import Any
 from ..sessions import SessionClosed, SessionFull
 from .drawings import Drawing, Drawings
 from .encoding import Picture
-from .errors import RequestError
+from .errors import RequestError, shutting_down
 from .offer import Address, Offer
 
 _ENCODERS = 2
@@ -26,7 +26,9 @@ class Service:
 
     Attributes:
         draining: no more requests are taken; those that were taken are finished.
-        requests: how many draw or are answered at the moment.
+        given_up: what is not finished will not be.
+        requests: how many were taken and are not answered to their end.
+        drawing: how many of these have images drawn.
     """
 
     def __init__(self, offer: Offer) -> None:
@@ -38,7 +40,8 @@ class Service:
         self._pool = ThreadPoolExecutor(_ENCODERS, thread_name_prefix="ddpm_fast encoder")
         self._drawings = Drawings(offer, self._session, self._pool)
         self._began = time.monotonic()
-        self.draining, self.requests = False, 0
+        self.draining, self.given_up = False, asyncio.Event()
+        self.requests = self.drawing = 0
         self._broken = ""
 
     @property
@@ -48,19 +51,23 @@ class Service:
 
     @contextlib.contextmanager
     def request(self) -> Iterator[None]:
-        """Of one that draws.
+        """Of one that draws, until its answer is made.
 
         Raises:
             RequestError: 429 where too many do.
         """
-        if self.requests >= self.offer.limits.max_requests:
-            raise self._busy(f"{self.requests} requests are drawn already")
-        with self.answering():
+        if self.drawing >= self.offer.limits.max_requests:
+            raise self._busy(f"{self.drawing} requests are drawn already")
+        self.drawing += 1
+        try:
             yield
+        finally:
+            self.drawing -= 1
 
     @contextlib.contextmanager
-    def answering(self) -> Iterator[None]:
-        """Of one whose images are drawn, until its client has taken them."""
+    def taken(self) -> Iterator[None]:
+        """A request, from its head until its client has taken all of the answer: a server that
+        ends waits for it."""
         self.requests += 1
         try:
             yield
@@ -106,7 +113,7 @@ class Service:
     def failed(self, error: BaseException) -> RequestError:
         """What a client is told of an image's end."""
         if isinstance(error, SessionClosed) and error.__cause__ is None:
-            return RequestError(503, "the server shuts down", headers={"connection": "close"})
+            return shutting_down()
         if isinstance(error, SessionClosed):
             self._broken = f"an error ended the session: {error.__cause__!r}"
             return RequestError(500, f"{self._broken}; the server has to be started again")
@@ -135,6 +142,7 @@ class Service:
     async def give_up(self) -> None:
         """Ends what is not finished, and the session; requests are told so."""
         self.draining = True
+        self.given_up.set()
         await asyncio.to_thread(self._session.close, cancel=True)
 
     async def close(self) -> None:

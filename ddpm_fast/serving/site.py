@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import base64
+import asyncio
 import contextlib
 import importlib.resources
-import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 
-import torch
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -17,8 +15,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from ..sampler import Sampler
-from ..training.pictures import grid
 from .answers import Answer
+from .encoding import listed, together
 from .errors import ClientGone, RequestError, answer, failure
 from .guard import Guard, json_body, unless_gone
 from .limits import LOOPBACK, Limits
@@ -130,21 +128,16 @@ async def _model(request: Request) -> Response:
 async def _images(request: Request) -> Response:
     service = _service(request)
     offer = service.offer
-    body = await json_body(request, offer.limits.body_bytes, offer.limits.body_seconds)
-    asked = asked_by_json(read_json(body), offer)
-    with service.request(), service.drawings(asked.addresses) as drawings:
-        pictures = await unless_gone(request.receive, service.pictures(drawings))
-    if asked.format == "json":
-        images = [
-            {**offer.told(address), "png": base64.b64encode(picture.file).decode()}
-            for address, picture in zip(asked.addresses, pictures, strict=True)
-        ]
-        told = json.dumps({"model": offer.fingerprint, "images": images}).encode()
-        return Answer(service, told, {"cache-control": "no-store"}, "application/json")
-    if len(pictures) == 1:
-        return Answer(service, pictures[0].file, {}, "image/png")
-    sheet = grid(torch.stack([each.pixels for each in pictures]))
-    return Answer(service, sheet, {}, "image/png")
+    asked = asked_by_json(read_json(await json_body(request, service)), offer)
+    with service.request():
+        with service.drawings(asked.addresses) as drawings:
+            pictures = await unless_gone(request.receive, service.pictures(drawings))
+        loop = asyncio.get_running_loop()  # which would stand still for large ones
+        if asked.format == "json":
+            told = loop.run_in_executor(service.pool, listed, offer, asked.addresses, pictures)
+            return Answer(await told, {"cache-control": "no-store"}, "application/json")
+        file = await loop.run_in_executor(service.pool, together, pictures)
+        return Answer(file, {}, "image/png")
 
 
 async def _image(request: Request) -> Response:
@@ -163,21 +156,23 @@ async def _image(request: Request) -> Response:
         )
     etag = service.offer.etag(address)
     headers = {"etag": etag, "cache-control": _REVALIDATED if model is None else _FOREVER}
-    known = [tag.strip() for tag in request.headers.get("if-none-match", "").split(",")]
+    given = ",".join(request.headers.getlist("if-none-match"))
+    known = [tag.strip() for tag in given.split(",")]
     if "*" in known or any(tag.removeprefix("W/") == etag for tag in known):
         return Response(status_code=304, headers=headers)
     if request.method == "HEAD":
-        return Response(headers=headers, media_type="image/png")
+        head = Response(headers=headers, media_type="image/png")
+        del head.headers["content-length"]  # nobody knows it before the image is drawn
+        return head
     with service.request(), service.drawings([address]) as drawings:
         (picture,) = await unless_gone(request.receive, service.pictures(drawings))
     headers["content-disposition"] = f'inline; filename="{address.seed}-{address.sample_id}.png"'
-    return Answer(service, picture.file, headers, "image/png")
+    return Answer(picture.file, headers, "image/png")
 
 
 async def _live(request: Request) -> Response:
     service = _service(request)
-    limits = service.offer.limits
-    body = await json_body(request, limits.body_bytes, limits.body_seconds)
+    body = await json_body(request, service)
     return Live(service, asked_by_json(read_json(body), service.offer, live=True))
 
 

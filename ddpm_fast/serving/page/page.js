@@ -7,6 +7,7 @@ const $ = (id) => document.getElementById(id);
 const FIELDS = ["class", "sample_ids", "seed", "steps", "guidance_scale"];
 const FRAMES = 48;
 const LOOK = 3000; // ms between looks at how busy the server is
+const DECIMAL = /^[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$/i;
 
 const form = $("form");
 let model = null;
@@ -16,10 +17,13 @@ let stop = null; // of what is being drawn
 // The model ------------------------------------------------------------------------------------
 
 async function begin() {
+  clear();
+  $("again").hidden = true;
   try {
     model = await get("api/model");
   } catch (error) {
-    tell(error);
+    tell(error instanceof Refusal ? error : new Refusal("the server does not answer"));
+    $("again").hidden = false;
     return;
   }
   document.title = `${model.name} · ddpm-fast`;
@@ -83,8 +87,8 @@ function asked() {
   if (model.classes && values.class !== "") request.class = Number(values.class);
   if (model.guidance.available) {
     const scale = values.guidance_scale.trim().replace(",", ".");
-    const number = Number.isNaN(Number(scale)) ? scale : Number(scale); // the server says so
-    request.guidance_scale = scale === "" ? null : number;
+    const finite = DECIMAL.test(scale) && Number.isFinite(Number(scale)); // JSON has no others
+    request.guidance_scale = scale === "" ? null : finite ? Number(scale) : scale;
   }
   return request;
 }
@@ -122,7 +126,10 @@ async function draw() {
     if (mine.signal.aborted) {
       if (stop === mine) say("Cancelled");
     } else {
-      tell(error instanceof Refusal ? error : new Refusal("the server went away"));
+      const refused = error instanceof Refusal;
+      tell(refused ? error : new Refusal("the server went away"));
+      if (stop === mine) say(refused ? "Not drawn" : "The server went away");
+      if (!refused) look();
     }
   }
   if (stop !== mine) return; // somebody has asked for others
@@ -214,6 +221,7 @@ $("dice").addEventListener("click", () => {
   if (model) draw();
 });
 $("cancel").addEventListener("click", () => stop?.abort());
+$("again").addEventListener("click", begin);
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") stop?.abort();
 });
