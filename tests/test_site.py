@@ -181,6 +181,12 @@ def test_formulas_are_found_that_were_left():
         ),
         (r"x_t = \sqrt{\bar\alpha_t} x_0 + z", "block", "<mo>=</mo><msqrt>"),
         ("a < b", "inline", 'alttext="a &lt; b"'),
+        (
+            r"\lVert x \rVert^2",
+            "block",
+            '<mo stretchy="false" form="prefix">‖</mo><mi>x</mi>'
+            '<msup><mo stretchy="false" form="postfix">‖</mo><mn>2</mn></msup>',
+        ),
     ],
 )
 def test_formulas_are_set_as_tex_sets_them(monkeypatch, latex, display, expected):
@@ -188,6 +194,34 @@ def test_formulas_are_set_as_tex_sets_them(monkeypatch, latex, display, expected
     from formulas import mathml
 
     assert expected in mathml(latex, display)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("в\u00a0{} —", r'<span class="tied">в\u00a0<math.*</math></span> —'),
+        ("is {}\u00a0— so", r'is <span class="tied"><math.*</math>\u00a0—</span> so'),
+        ("({}), and", r"\(<math.*</math>\), and"),
+    ],
+)
+def test_a_no_break_space_ties_a_formula(monkeypatch, text, expected):
+    monkeypatch.syspath_prepend(str(DOCS / "_hooks"))
+    from formulas import on_page_content
+
+    short, long = "x_t", r"x_t = \sqrt{\bar\alpha_t} x_0 + z = 0"
+    content = on_page_content(text.format(rf'<span class="arithmatex">\({short}\)</span>'))
+    assert re.fullmatch(expected, content)
+    content = on_page_content(text.format(rf'<span class="arithmatex">\({long}\)</span>'))
+    assert content.count("<wbr>") == 2
+    assert all(tied.count("<math") == 1 for tied in re.findall(r"<span.*?</span>", content))
+
+
+def test_the_search_shows_no_half_of_a_formula(site):
+    """Its text, without the root over it, would be another formula."""
+    index = (site / "search" / "search_index.json").read_text(encoding="utf-8")
+    assert "rounded once, and draw" in index
+    assert "1−" not in index
+    assert "α¯" not in index
 
 
 def test_languages(pages):
@@ -205,6 +239,8 @@ def test_the_reference_has_every_public_name(pages):
     )
     missing = {name for name in ddpm_fast.__all__ if f"ddpm_fast.{name}" not in anchors}
     assert not missing
+    ours = {a for a in pages["api/operations.html"].anchors if re.fullmatch(r"ddpm_fast[\w.]+", a)}
+    assert len(ours) == 7, ours  # the ops, and nothing that stands beside them in their files
 
 
 def test_docstrings_are_rendered(pages):

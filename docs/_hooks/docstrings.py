@@ -71,7 +71,16 @@ class Docstrings(griffe.Extension):
     def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
         """All of the package is read: its docstrings are rewritten."""
         if pkg.path == "ddpm_fast":
+            self._name_functions(pkg)
             self._rewrite(pkg)
+
+    def _name_functions(self, package: griffe.Module) -> None:
+        """An op has the name of its module, which Griffe would show, with all that is within it."""
+        for name, member in list(package.members.items()):
+            if member.is_alias and (path := member.target_path).startswith("ddpm_fast."):
+                found = package[path.removeprefix("ddpm_fast.")]
+                if found.is_module and name in found.members:
+                    package.members[name] = griffe.Alias(name, f"{path}.{name}", parent=package)
 
     def _rewrite(self, member: griffe.Object) -> None:
         if member.docstring:

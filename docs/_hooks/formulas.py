@@ -15,10 +15,16 @@ from xml.etree import ElementTree as Tree
 from latex2mathml.converter import convert
 
 MATHML = "http://www.w3.org/1998/Math/MathML"
-INLINE = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', re.S)
+# With the words that no-break spaces tie to it, which browsers do not heed beside a formula.
+INLINE = re.compile(
+    r'(?P<before>[^\s<>]*\u00a0)?<span class="arithmatex">\\\((?P<latex>.*?)\\\)</span>'
+    r"(?P<after>\u00a0[^\s<>]*)?",
+    re.S,
+)
 BLOCK = re.compile(r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>', re.S)
 # It scrolls where the formula is wider than a phone, and the search would show it as no formula.
 FRAME = '<div class="formula" tabindex="0" data-search-exclude>{}</div>'
+TIED = '<span class="tied">{}</span>'
 LONG, RELATIONS = 24, "=≤≥<>∼≈→"
 THIN_SPACE = {"width": "0.17em"}  # TeX's, after the name of a function
 Tree.register_namespace("", MATHML)
@@ -26,20 +32,36 @@ Tree.register_namespace("", MATHML)
 
 def on_page_content(content: str, **kwargs: Any) -> str:
     """MkDocs' hook: a page's HTML, before it is put into the theme."""
-    content = INLINE.sub(lambda found: mathml(found[1], "inline"), content)
+    content = INLINE.sub(_in_line, content)
     return BLOCK.sub(lambda found: FRAME.format(mathml(found[1], "block")), content)
+
+
+def _in_line(found: re.Match[str]) -> str:
+    before, after = found["before"] or "", found["after"] or ""
+    parts = mathml(found["latex"], "inline").split("<wbr>")
+    if len(parts) == 1 and (before or after):
+        return TIED.format(before + parts[0] + after)
+    if before:
+        parts[0] = TIED.format(before + parts[0])
+    if after:
+        parts[-1] = TIED.format(parts[-1] + after)
+    return "<wbr>".join(parts)
 
 
 def mathml(latex: str, display: str) -> str:
     """One formula; its LaTeX stays with it, as the text that is read where MathML is not."""
     latex = " ".join(html.unescape(latex).split())
     root = Tree.fromstring(convert(latex, display=display))
+    _fence(root)
     for row in _rows(root):
         _space(row)
         if display == "block":
             _put_limits_below(row)
     parts = _parts(root) if display == "inline" and len(latex) > LONG else [root]
     parts[0].set("alttext", latex)
+    if display == "inline":
+        for part in parts:  # as words it would lose its roots and bars
+            part.set("data-search-exclude", "")
     return "<wbr>".join(Tree.tostring(part, encoding="unicode") for part in parts)
 
 
@@ -82,6 +104,14 @@ def _space(row: Tree.Element) -> None:
         )
         if is_function and children[i + 1].text not in ("(", ")", "]", ","):
             row.insert(i + 1, Tree.Element(f"{{{MATHML}}}mspace", THIN_SPACE))
+
+
+def _fence(root: Tree.Element) -> None:
+    """Norms, whose lines neither grow nor tell a browser which is the left one."""
+    norms = (e for e in root.iter() if _name(e) == "mo" and e.text == "‖")
+    for i, line in enumerate(norms):
+        line.set("stretchy", "false")
+        line.set("form", "postfix" if i % 2 else "prefix")
 
 
 def _put_limits_below(row: Tree.Element) -> None:
