@@ -1,6 +1,6 @@
 """Train denoising-diffusion-pytorch's GaussianDiffusion on the fused kernels, and sample from it.
 
-    pip install denoising_diffusion_pytorch
+    pip install denoising-diffusion-pytorch
     python examples/lucidrains_training.py [--steps 100]
 
 The one line that matters is ``ddpm_fast.accelerate(diffusion)``: the object is the same, and so are
@@ -43,8 +43,10 @@ def main() -> None:
     try:
         from denoising_diffusion_pytorch import GaussianDiffusion, Unet
     except (ImportError, RuntimeError) as error:  # the latter from a torchvision of another torch
-        print(f"denoising_diffusion_pytorch cannot be imported: {error}")
-        return
+        raise SystemExit(
+            f"denoising_diffusion_pytorch cannot be imported ({error}). It needs pip install "
+            "denoising-diffusion-pytorch, and a torchvision of the same release and index as torch"
+        ) from None
 
     torch.manual_seed(0)
     model = Unet(dim=16, dim_mults=(1, 2), flash_attn=False)

@@ -24,10 +24,17 @@ import time
 
 import numpy as np
 import torch
-from guided_diffusion import gaussian_diffusion as gd
-from guided_diffusion.respace import SpacedDiffusion, space_timesteps
 
 import ddpm_fast
+
+try:
+    from guided_diffusion import gaussian_diffusion as gd
+    from guided_diffusion.respace import SpacedDiffusion, space_timesteps
+except ImportError as error:
+    raise SystemExit(
+        f"guided_diffusion cannot be imported ({error}). No package index has it: git clone "
+        "https://github.com/openai/guided-diffusion; pip install -e guided-diffusion"
+    ) from None
 
 SHAPE = (16, 3, 32, 32)
 

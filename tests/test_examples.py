@@ -40,4 +40,20 @@ def test_example(path, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
-    assert "cannot be imported" not in done.stdout
+
+
+WITHOUT = {"lucidrains": "denoising_diffusion_pytorch", "openai": "guided_diffusion"}
+
+
+@pytest.mark.parametrize("library", WITHOUT)
+def test_what_is_missing_is_said(library, tmp_path):
+    """In a line, with what to install: no traceback."""
+    (path,) = (path for path in EXAMPLES if path.stem.startswith(library))
+    missing = f"import runpy, sys; sys.modules[{WITHOUT[library]!r}] = None; {RUN}"
+    done = subprocess.run(
+        [sys.executable, "-c", missing, path], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"{WITHOUT[library]} cannot be imported")
+    assert "pip install" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
