@@ -42,9 +42,12 @@ if TYPE_CHECKING:
 
 
 class Sampler:
-    """Draws samples from a diffusion model, the same for a seed on every device and batch split.
+    """Draws samples from a diffusion model; a seed's noise is the same bits on every device and in
+    every batch split.
 
-    The state is float32; the model gets it in its parameters' dtype.
+    So are the samples in any batch where the model is a float32 plan on a CPU; elsewhere they are
+    the same to the model's own rounding. The state is float32; the model gets it in its
+    parameters' dtype.
 
     Args:
         model: any callable ``(x [N, C, …], t int64 [N], **model_kwargs)`` returning a tensor, or an
