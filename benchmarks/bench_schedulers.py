@@ -109,7 +109,7 @@ def compare_steps(
 
     element = 4 if dtype == torch.float32 else dtype.itemsize
     moved = (3 * element + 4) * x.numel()
-    compare(case, x, moved, candidates, rule=rule, seconds=1.0)
+    compare(case, x, moved, candidates, rule=rule, seconds=0.7)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def bench_short_trajectories(compare, device, classes, method, num_steps):
 
     moved = 16 * num_steps * x.numel()
     case = f"scheduler {method.lower()} trajectory of {num_steps}"
-    compare(case, x, moved, candidates, rule=rule, seconds=1.0, calls=num_steps)
+    compare(case, x, moved, candidates, rule=rule, seconds=0.7, calls=num_steps)
 
 
 @pytest.mark.full
@@ -189,4 +189,4 @@ def bench_forward_process(compare, device, classes, method, shape):
         ours, theirs = (call(x, eps, t) for call in methods.values())
         agree(OURS, ours, theirs, atol=1e-5)
 
-    compare(f"scheduler {method}", x, 12 * x.numel(), candidates, check, seconds=1.0)
+    compare(f"scheduler {method}", x, 12 * x.numel(), candidates, check, seconds=0.7)

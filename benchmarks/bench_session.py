@@ -200,7 +200,7 @@ def capacity(sampler: Sampler, steps: tuple[int, ...]) -> float:
 @pytest.mark.parametrize("load", LOADS)
 def bench_arrivals(record, sampler, full, kind, load):
     rate = load * full[kind]
-    count = max(int(rate * 8.0), 20)
+    count = max(int(rate * 6.0), 20)
     asked = arrivals(rate, count, STEPS[kind], seed=int(100 * load))
     rounds: dict[str, list[Served]] = {OURS: [], BATCH: []}
     for _ in range(3):
@@ -248,7 +248,7 @@ def bench_overhead(record, sampler, device, count, quick):
     with record.checking(case, state):
         agree(OURS, in_session(), alone(), atol=DEVIATION)
     rounds = []
-    deadline = time.perf_counter() + (1.0 if quick else 8.0)
+    deadline = time.perf_counter() + (1.0 if quick else 5.0)
     while time.perf_counter() < deadline or len(rounds) < 5:
         times = {}
         for name, call in {OURS: in_session, "sample": alone}.items():

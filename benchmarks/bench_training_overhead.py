@@ -80,7 +80,7 @@ def bench_digits(record, device, tmp_path):
     }
     for step in candidates.values():  # the first steps set things up
         seconds_a_step(step, device)
-    rounds, seconds = [], 40.0
+    rounds, seconds = [], 20.0
     names, deadline = list(candidates), time.perf_counter() + seconds
     while time.perf_counter() < deadline or len(rounds) < 5:
         rounds.append({name: seconds_a_step(candidates[name], device) for name in names})

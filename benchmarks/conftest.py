@@ -295,7 +295,7 @@ def compare(
         check: Callable[[], None] | None = None,
         *,
         rule: Rule | None = None,
-        seconds: float = 1.5,
+        seconds: float = 1.2,
         calls: int = 1,
         **more: Any,
     ) -> dict[str, float]:

@@ -36,6 +36,7 @@ OPS = {
     "launch": "What a launch costs",
     "triton_cuts": "Triton's cuts",
 }
+OPS_OF_GPUS = ("trajectory", "launch", "triton_cuts")
 KERNELS = (
     "randn",
     "add_noise",

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import report_charts as charts
-from report_data import KERNELS, OPS, PIPELINES, Device, latency_rows
+from report_data import KERNELS, OPS, OPS_OF_GPUS, PIPELINES, Device, by_stem, latency_rows
+from report_figures import KERNELS as TABLE_OF_KERNELS
+from report_figures import PIPELINES as TABLE_OF_PIPELINES
 from report_render import Figure, Heading, Part, Side, Text, figures
 from report_tables import every_row, overview, side_by_side
 
@@ -15,7 +17,8 @@ TAKEN = """
 `make bench` takes them again, and `python benchmarks/report.py` writes this page from what it left
 in benchmarks/results: a file a device, every row with the date of the run that took it.
 
-In a case each candidate is checked first: a wrong result is a failure, and has no speed. Then the
+In a case each candidate is checked first, by what the timed call returns: a wrong result is a
+failure, as a crash is, and has no speed. Then the
 candidates are timed in turn within one run, each in blocks of calls after one that does not count,
 until time is up. The figures are medians, and a ratio is of two medians of one run. On a CPU they
 are timed by the clock, with what Python takes of a call; on a GPU by events on the device, with
@@ -24,6 +27,11 @@ cold caches.
 GB/s are the bytes that a call has to move at the least, by the time it took: reads and writes of
 the state and the model's output, once each. They are held against what `Tensor.copy_` moves of
 tensors far larger than any cache, in the same run. What fits into a cache can pass it.
+
+`torch.compile` is there in its fastest form: on a CPU with PyTorch's own noise, since Inductor
+draws its own number by number (`fallback_random`), and around a network with frozen weights; on a
+GPU a network in max-autotune. “channels_last” is a network, and its images, in that layout of
+memory.
 
 “eager” is plain PyTorch as the field writes it, in the same dtype, its noise included
 (`torch.randn` for `randn`); “in place by hand” the same with numbers for tables and no
@@ -61,8 +69,29 @@ def describe(devices: Sequence[Device]) -> list[Part]:
     if len(devices) > 1:
         parts += [Heading("Device by device"), *side_by_side(devices)]
     parts += [Heading("How they were taken"), *map(Text, TAKEN.strip().split("\n\n"))]
-    parts += [Heading("Every row"), *every_row(devices)]
+    parts += [Heading("Every row"), *unmeasured(devices), *every_row(devices)]
     return parts
+
+
+def unmeasured(devices: Sequence[Device]) -> list[Part]:
+    """Of each device the ops without a speed, and the cases that README's tables would have."""
+    parts: list[Part] = []
+    for device in devices:
+        expected = [op for op in OPS if "NVIDIA" in device.name or op not in OPS_OF_GPUS]
+        said = [OPS[op] for op in expected if not device.of(op)]
+        said += [f"`{stem}`" for op, stem in figures_of_tables() if misses(device, op, stem)]
+        if said:
+            parts.append(absent([device.title], ", ".join(said)))
+    return parts
+
+
+def figures_of_tables() -> list[tuple[str, str]]:
+    return [(op, stem) for op, stem, _ in (*TABLE_OF_KERNELS, *TABLE_OF_PIPELINES)]
+
+
+def misses(device: Device, op: str, stem: str) -> bool:
+    """That case of an op that it has else."""
+    return bool(device.of(op)) and stem not in by_stem(device.of(op))
 
 
 def gathered(parts: Sequence[Part]) -> list[Part]:
@@ -151,7 +180,7 @@ def rooflines(devices: Sequence[Device]) -> list[Part]:
     bandwidth = compared(
         devices,
         "bandwidth",
-        "GB/s at the floor of memory traffic, float32, against the elements of the state",
+        "GB/s at the floor of memory traffic, of a copy's, against the elements, float32",
         "two sizes of an op or more",
         KERNELS,
         charts.bandwidth,

@@ -3,17 +3,21 @@ one run join those of others."""
 
 from __future__ import annotations
 
-import json
+import importlib.util
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import comparison
 import pytest
 import results
 import torch
 from correctness import WrongResult, agree, like_randn, within
+from peers import Missing
 from results import OURS
 
 ROOT = Path(__file__).parent.parent
@@ -78,50 +82,30 @@ def summary(output: str) -> tuple[str, str]:
 PLAIN = "reverse_step float32 [2, 3, 32, 32]"
 GUIDED = "reverse_step guidance [2, 3, 32, 32]"
 WITH_X0 = "reverse_step x0 output [2, 3, 32, 32]"
+LEARNED = "reverse_step learned_range [2, 3, 32, 32]"
 OLD = {"case": "randn float32", "elements": 3072, "microseconds": {OURS: 1.0}, "ratio": {}}
 
 
-@pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A folder and what was printed, of a run of two cases and two that only GPUs have."""
-    folder = tmp_path_factory.mktemp("ran")
-    found = run(
-        folder, "benchmarks/bench_reverse_step.py", "benchmarks/bench_launch.py", "--quick",
-        "-k", "bench_float32 or x0 or launch",
-    )  # fmt: skip
-    assert found.returncode == 0, found.stdout + found.stderr
-    return folder, found.stdout
+def speed(case: str, **more: Any) -> dict[str, Any]:
+    return {**OLD, "case": case, "date": "2000-01-01", **more}
 
 
-def test_a_table_and_its_rows(ran):
-    folder, output = ran
-    rows = rows_of(folder)
-    row = rows[PLAIN]
-    assert row["op"] == "reverse_step"
-    assert row["shape"] == [2, 3, 32, 32]
-    assert (row["dtype"], row["elements"], row["bytes"]) == ("float32", 6144, 12 * 6144)
-    assert row["quick"]
-    assert {"eager", "OpenAI", "reference"} < row["ratio"].keys()
-    assert row["microseconds"][OURS] == 1000
-    assert row["gigabytes_per_second"] == pytest.approx(12 * 6144 / 1e6, abs=0.01)
-    copied = row["copy_gigabytes_per_second"]
-    assert row["percent_of_copy"] == pytest.approx(100 * 12 * 6144 / 1e6 / copied, abs=0.1)
-    # people read what comes last: after what pytest and its plugins have to say
-    table, left_out = summary(output)
-    assert table.count("\nreverse_step ") == 2
-    assert "eager 2.0×" in table
-    assert "Legend" not in output
-    assert "quick: cases that --quick leaves out: 1 case" in left_out
-    if not torch.cuda.is_available():
-        assert "no GPU: 2 cases" in left_out
-    assert next((folder / "out").iterdir()).name.endswith(".quick.json")
+def before(folder: Path, rows: list[dict[str, Any]], quick: bool) -> Path:
+    """The file of the run to be, which another one left."""
+    device = re.sub(r"\d+ threads", "1 threads", comparison.device_name(torch.device("cpu")))
+    path = results.path_of(folder / "out", device, quick)
+    results.write(path, {"device": device, "quick": quick, "rows": rows})
+    return path
 
 
-WRONG = """
-import eager, sys
-bench = next(item.module for item in items)
+# Of one kernel a wrong result, one that crashes, a peer that is wrong, others that are not here.
+PLANTED = """
+import eager
+bench = next(item.module for item in items if "reverse_step" in item.path.name)
 right = bench.reverse_step
 def wrong(*args, **kwargs):
+    if args[1].shape[1] == 6:
+        raise RuntimeError("launch failed\\nwhere")
     found = right(*args, **kwargs)
     if "guidance_scale" in kwargs:
         found[-1, -1, -1, -1] += 0.5
@@ -133,76 +117,154 @@ def wrong_peer(self, *args):
     return x + 0.05, x0
 eager.EagerStep.with_x0 = wrong_peer
 """
-
-
-def test_what_is_wrong_has_no_speed(ran):
-    """A kernel; and a peer: where it computes something else, a ratio of speeds means nothing. And
-    rows of the same case give way, others stay with their dates, also rows of another schema."""
-    folder, _ = ran
-    (path,) = (folder / "out").glob("*.json")
-    before = path.read_text()
-    report = json.loads(before)
-    report["rows"][0]["date"] = "2000-01-01"
-    path.write_text(json.dumps(report | {"rows": [*report["rows"], OLD]}))
-    found = run(
-        folder, "benchmarks/bench_reverse_step.py", "--quick", "-k", "guidance or x0",
-        collected=WRONG,
-    )  # fmt: skip
-    rows = rows_of(folder)
-    path.write_text(before)
-    assert found.returncode == 1, found.stdout + found.stderr
-    assert list(rows) == [PLAIN, WITH_X0, "randn float32 [1, 3, 32, 32]", GUIDED]
-    assert rows[PLAIN]["date"] == "2000-01-01" != rows[GUIDED]["date"]
-    assert rows[GUIDED]["failed"] == "wrong result (ddpm_fast: max error 0.5, allowed 1e-05)"
-    start = "wrong result (eager: mean of its noise: max error 0."  # of sigma
-    assert rows[WITH_X0]["failed"].startswith(start)
-    lines = summary(found.stdout)[0].splitlines()
-    for case in (GUIDED, WITH_X0):
-        assert rows[case]["microseconds"] == rows[case]["ratio"] == {}
-        line = next(line for line in lines if line.startswith(case))
-        assert line.endswith(f"failed: {rows[case]['failed']}")
-        assert "×" not in line
-    assert found.stdout.count("FAILED benchmarks/bench_reverse_step.py::bench_variants") == 2
-
-
 WITHOUT = """
 import sys
 for name in ("diffusers", "denoising_diffusion_pytorch"):
     sys.modules[name] = None
-import torch._inductor.cpp_builder as builder
-def get_cpp_compiler():
-    raise RuntimeError("none")
-builder.get_cpp_compiler = get_cpp_compiler
-comparison.free_memory = lambda device: 1000
+comparison.QUICK_SIZES["cpu"] = [2, 4]
+comparison.free_memory = lambda device: 64 * 2 * 3 * 32 * 32
 """
 
 
-def test_what_is_not_here_is_left_out_and_said(tmp_path):
-    files = [f"benchmarks/bench_{of}.py" for of in ("schedulers", "lucidrains", "reverse_step")]
-    found = run(tmp_path, *files, "-k", "not low_precision", configured=WITHOUT)
-    assert found.returncode == 0, found.stdout + found.stderr
-    _, left_out = summary(found.stdout)
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A folder and what was printed, of a run of a few cases, right and wrong, after another."""
+    folder = tmp_path_factory.mktemp("ran")
+    before(folder, [speed(case) for case in (PLAIN, "randn float32", LEARNED)], quick=True)
+    files = [f"benchmarks/bench_{of}.py" for of in ("reverse_step", "launch", "schedulers")]
+    found = run(
+        folder, *files, "--quick", "-k", "bench_float32 or x0 or guidance or learned or launch"
+        " or forward", collected=PLANTED, configured=WITHOUT,
+    )  # fmt: skip
+    assert found.returncode == 1, found.stdout + found.stderr
+    return folder, found.stdout
+
+
+def test_a_table_and_its_rows(ran):
+    folder, output = ran
+    row = rows_of(folder)[PLAIN]
+    assert row["op"] == "reverse_step"
+    assert row["test"] == "bench_reverse_step.py::bench_float32[(2, 3, 32, 32)]"
+    assert row["shape"] == [2, 3, 32, 32]
+    assert (row["dtype"], row["elements"], row["bytes"]) == ("float32", 6144, 12 * 6144)
+    assert row["quick"]
+    assert {"eager", "OpenAI", "reference"} < row["ratio"].keys()
+    assert row["microseconds"][OURS] == 1000
+    assert row["gigabytes_per_second"] == pytest.approx(12 * 6144 / 1e6, abs=0.01)
+    copied = row["copy_gigabytes_per_second"]
+    assert row["percent_of_copy"] == pytest.approx(100 * 12 * 6144 / 1e6 / copied, abs=0.1)
+    # people read what comes last: after what pytest and its plugins have to say
+    table, _ = summary(output)
+    assert table.count("\nreverse_step ") == 4
+    assert "eager 2.0×" in table
+    assert "Legend" not in output
+    assert next((folder / "out").iterdir()).name.endswith(".quick.json")
+
+
+def test_what_is_wrong_has_no_speed(ran):
+    """A kernel; and a peer: where it computes something else, a ratio of speeds means nothing; and
+    what crashes, whose speed of before goes. Rows of other cases stay with their dates."""
+    folder, output = ran
+    rows = rows_of(folder)
+    assert list(rows) == [PLAIN, "randn float32 [1, 3, 32, 32]", LEARNED, GUIDED, WITH_X0]
+    assert rows["randn float32 [1, 3, 32, 32]"]["date"] == "2000-01-01" != rows[PLAIN]["date"]
+    assert rows[GUIDED]["failed"] == "wrong result (ddpm_fast: max error 0.5, allowed 1e-05)"
+    start = "wrong result (eager: mean of its noise: max error 0."  # of sigma
+    assert rows[WITH_X0]["failed"].startswith(start)
+    assert rows[LEARNED]["failed"] == "crashed (RuntimeError: launch failed)"
+    lines = summary(output)[0].splitlines()
+    for case in (GUIDED, WITH_X0, LEARNED):
+        assert rows[case]["microseconds"] == rows[case]["ratio"] == {}
+        line = next(line for line in lines if line.startswith(case))
+        assert line.endswith(f"failed: {rows[case]['failed']}")
+        assert "×" not in line
+    assert output.count("FAILED benchmarks/bench_reverse_step.py::bench_variants") == 3
+
+
+def test_what_is_not_here_is_left_out_and_said(ran):
+    folder, output = ran
+    _, left_out = summary(output)
     for why in (
-        r"\ndiffusers is not installed: \d+ cases",
-        r"\ndenoising-diffusion-pytorch is not installed: \d+ cases",
-        r"\ndiffusers is not installed: compared without it: 5 cases",
-        r"\ntorch.compile: no C\+\+ compiler \(RuntimeError\): compared without it: 4 cases",
-        r"\nless than 0\.00039 GB of memory free: sizes from 2 up: 1 case",
+        r"\nquick: cases that --quick leaves out: \d+ cases",
+        r"\ndiffusers is not installed: compared without it: 4 cases",
+        r"\ndenoising-diffusion-pytorch is not installed: compared without it: 1 case\n",
+        r"\nless than 0\.00079 GB of memory free: sizes from 4 up: 1 case",
     ):
         assert re.search(why, left_out), left_out
-    rows = rows_of(tmp_path)
-    assert len(rows) == 5
-    assert rows[GUIDED]["ratio"].keys() == {"our plain step", "eager"}
-    assert not rows[GUIDED]["quick"]
-    assert not list((tmp_path / "out").glob("*.quick.json"))
+    if not torch.cuda.is_available():
+        assert "no GPU: 2 cases" in left_out
+    assert "diffusers" not in rows_of(folder)[PLAIN]["ratio"]
+
+
+WHOLE = """
+items[:] = [i for i in items if i.path.name in ("bench_randn.py", "bench_launch.py")]
+items[:] = [i for i in items if "layouts" not in i.name]
+def crash(*args, **kwargs):
+    raise OSError("gone")
+next(i.module for i in items if "randn" in i.path.name).rule_of = crash
+"""
+
+
+def test_a_whole_run_leaves_no_rows_of_cases_that_are_gone(tmp_path):
+    """But of those that it skipped. A crash before there is a row is one of the benchmark's."""
+    now, gone = "bench_randn.py::bench_float32[(2, 3, 32, 32)]", "bench_randn.py::bench_gone"
+    crashed = "randn float32 [2, 3, 32, 32]"
+    old = [speed(crashed, test=now), speed("randn gone", test=gone), speed("host's time a call"),
+           speed("sample [1, 3, 8, 8]")]  # fmt: skip
+    path = before(tmp_path, old, quick=False)
+    found = run(tmp_path, "benchmarks", collected=WHOLE)
+    assert found.returncode == 1, found.stdout + found.stderr
+    rows = {row["case"]: row for row in results.rows(path)}
+    skipped = [] if torch.cuda.is_available() else ["host's time a call"]
+    assert [*rows][: 1 + len(skipped)] == [crashed, *skipped]
+    assert not {"randn gone [1, 3, 32, 32]", "sample [1, 3, 8, 8]"} & rows.keys()
+    assert rows[crashed]["failed"] == "crashed (OSError: gone)"
+    assert rows[crashed]["microseconds"] == {}
+
+
+def test_rows_of_skipped_benchmarks_stay():
+    rows = [{"case": str(i), "op": op, "test": test} for i, (op, test) in enumerate([
+        ("a", "bench_a.py::x"), ("a", "bench_a.py::y"), ("a", None), ("b", None),
+        ("rewrites", None), ("b", "bench_b.py::z"),
+    ])]  # fmt: skip
+    skipped = {"bench_a.py::x", "bench_sampling.py::x"}
+    assert [row["case"] for row in results.current(rows, {"5"}, skipped)] == ["0", "2", "4", "5"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_asked_for_and_not_here(tmp_path):
-    found = run(tmp_path, "benchmarks/bench_randn.py", "--device", "cuda")
-    assert found.returncode == 0, found.stdout + found.stderr
-    assert "--device cuda: torch finds no GPU: " in found.stdout.partition("= left out =")[2]
-    assert not (tmp_path / "out").exists()
+def test_a_gpu_that_is_asked_for_and_not_here():
+    spec = importlib.util.spec_from_file_location("_conftest", ROOT / "benchmarks/conftest.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    request = SimpleNamespace(config=SimpleNamespace(getoption=lambda name: "cuda"))
+    with pytest.raises(pytest.skip.Exception, match="--device cuda: torch finds no GPU"):
+        module.device.__wrapped__(request)
+
+
+def test_no_compiler_is_said(monkeypatch):
+    def none() -> None:
+        raise RuntimeError("none")
+
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", none)
+    comparison.why_not_compiled.cache_clear()
+    try:
+        found = comparison.compiled(abs)
+    finally:
+        comparison.why_not_compiled.cache_clear()
+    assert found == Missing("torch.compile: no C++ compiler (RuntimeError)")
+
+
+def test_compiled_noise_is_pytorchs(monkeypatch):
+    """On a CPU; a GPU's own is fast."""
+    given = []
+    monkeypatch.setattr(comparison, "why_not_compiled", lambda device_type: "")
+    monkeypatch.setattr(torch, "compile", lambda call, **options: given.append(options))
+    for device_type in ("cpu", "cuda"):
+        comparison.compiled(abs, device_type)
+    comparison.compiled_network(torch.nn.Linear(1, 1))
+    assert [each.get("options") for each in given] == [
+        {"fallback_random": True}, None, {"fallback_random": True}
+    ]  # fmt: skip
 
 
 def test_rows_join_those_of_other_runs():

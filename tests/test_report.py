@@ -148,7 +148,8 @@ def test_update_writes_what_check_accepts(tmp_path, capsys):
     assert "old" not in text
     assert text.count("Not measured on this device (Big CPU).") == len(BLOCKS) - 2
     assert "| `reverse_step` | 64.0 µs | 1.55× | 4.10 ms | 0.02× | 50 % |" in text
-    assert "*Big CPU, 2030-01-02; 50 steps.*" in text
+    assert "*Big CPU, 2030-01-02; 50 steps; bold: the fastest of the others.*" in text
+    assert "can pass those of a copy, which is far larger.*" in text
     assert not (tmp_path / "docs/images/numbers-step-gone.svg").exists()
     assert (tmp_path / "build/numbers.html").exists()
 
@@ -261,6 +262,51 @@ def test_what_is_missing_is_said_and_not_drawn(devices):
     assert "Nothing here was measured on a GPU." in said(parts)
     assert not any("small-cpu" in name for name in drawn(parts) if "trajectories" in name)
     assert "There are no results yet" in said(describe([]))
+
+
+def test_every_op_without_a_row_is_said(tmp_path):
+    save(tmp_path, "CPU", steps(1, 16))
+    save(tmp_path, "NVIDIA X", steps(1, 16))
+    text = said(describe(read_devices(tmp_path)))
+    host, gpu = (
+        next(line for line in text.splitlines() if line.startswith(f"Not measured on {name}: W"))
+        for name in ("CPU", "NVIDIA X")
+    )
+    assert (
+        "Whole trajectories, A step of sampling, The rewrites of a plan, randn, add_noise" in host
+    )
+    assert "`reverse_step guidance`" in host
+    assert "reverse_step float32" not in host
+    assert "What a launch costs" in gpu
+    assert "What a launch costs" not in host
+
+
+def test_bandwidth_is_held_against_the_copy_of_its_own_run(tmp_path):
+    rows = steps(1, 16)
+    rows[0] |= {"percent_of_copy": 140.0, "copy_gigabytes_per_second": 10.0}
+    save(tmp_path, "CPU", rows)
+    chart = charts.bandwidth(read_devices(tmp_path)[0])
+    assert chart.lines == (charts.Line("reverse_step", ((3072, 140.0), (49152, 50.0))),)
+    assert chart.level == ("a copy beyond all caches", 100.0)
+
+
+def test_the_fastest_of_the_others_is_bold(tmp_path):
+    rows = trajectories(sides=(32,))[:1]
+    ours = rows[0]["microseconds"][OURS]
+    rows[0]["microseconds"] |= {"torch.compile, channels_last": 2 * ours, f"{OURS}, exact": ours}
+    save(tmp_path, "CPU", rows)
+    lines = BLOCKS["end-to-end"](read_devices(tmp_path)[0]).splitlines()
+    bold = [line for line in lines if "×**" in line]
+    assert bold == ["| torch.compile, channels_last | **2.0×** |"]
+
+
+@pytest.mark.parametrize("large", [256, 1024])
+def test_the_largest_size_of_pipelines_is_shown(tmp_path, large):
+    shapes = [[n, 3, 32, 32] for n in (1, 16, 256, large)]
+    rows = [row("OpenAI p_sample learned_range", s, 1.0 * s[0], OpenAI=2.0 * s[0]) for s in shapes]
+    rows = [each | {"op": "openai"} for each in {each["case"]: each for each in rows}.values()]
+    save(tmp_path, "CPU", rows)
+    assert f"2.0× ([{large}, 3, 32, 32], " in BLOCKS["pipelines"](read_devices(tmp_path)[0])
 
 
 def test_scaling_with_batch_and_size(devices):
