@@ -190,10 +190,25 @@ def skeleton(architecture: Callable[[_Config], _Model], config: _Config, source:
         raise ValueError(f"{source} describes a model that cannot be made: {reason}") from error
 
 
-def fill(model: _Model, tensors: Mapping[str, Tensor], device: torch.device | str) -> _Model:
-    """Gives a skeleton its memory and its weights: of their own dtype where they have one."""
-    model.to_empty(device=device)
-    model.to(common_dtype(tensors) or torch.float32)
+def build(
+    architecture: Callable[[_Config], _Model],
+    config: _Config,
+    tensors: Mapping[str, Tensor],
+    source: object,
+    device: torch.device | str = "cpu",
+) -> _Model:
+    """A model with its weights, of their own dtype where they have one.
+
+    It is made as its class makes it: what a subclass has beside its weights is there. To be called
+    once a :func:`skeleton` has shown that the config is no larger than the file.
+
+    Raises:
+        ValueError: tensors that are missing, unknown or of another shape.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # weights that are written over
+        model = architecture(config)
+    check(source, tensors, {name: tensor.shape for name, tensor in _state(model).items()})
+    model.to(device=device, dtype=common_dtype(tensors) or torch.float32)
     model.load_state_dict(tensors)
     return model
 

@@ -135,9 +135,9 @@ class UNet(nn.Module):
             ValueError: a file that is cut short, of another format or architecture.
         """
         config = checkpoint.load_config(directory, "UNet", UNetConfig)
-        model = checkpoint.skeleton(cls, config, directory)
-        tensors = checkpoint.load_weights(directory, model)
-        return checkpoint.fill(model, tensors, "cpu").eval()
+        shapes = checkpoint.skeleton(UNet, config, directory)
+        tensors = checkpoint.load_weights(directory, shapes)
+        return checkpoint.build(cls, config, tensors, directory).eval()
 
     @classmethod
     def from_diffusers(

@@ -50,7 +50,9 @@ def build(
         ValueError: tensors that are missing, unknown or of another shape, in their names; names
             that all begin with something that is none of theirs.
     """
-    model = checkpoint.skeleton(cls, config, source)
+    from .unet import UNet
+
+    model = checkpoint.skeleton(cls if share else UNet, config, source)
     places = {name: place(name) for name in model.state_dict()}
     shapes = {}
     for name, tensor in model.state_dict().items():
@@ -63,9 +65,9 @@ def build(
     ours = {name: _ours(theirs, tensors) for name, theirs in places.items()}
     if share:
         model.load_state_dict(ours, assign=True)
-    else:
-        checkpoint.fill(model, ours, next(iter(tensors.values())).device)
-    return model.eval()
+        return model.eval()
+    device = next(iter(tensors.values())).device
+    return checkpoint.build(cls, config, ours, source, device).eval()
 
 
 def _unwrapped(
