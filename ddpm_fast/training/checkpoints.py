@@ -104,7 +104,7 @@ def write_folder(folder: Path, snapshot: Snapshot) -> None:
     from safetensors.torch import save
 
     averages = {
-        f"{rate!r}/{parameter}": tensor
+        f"{float(rate)!r}/{parameter}": tensor
         for rate, tensors in snapshot.averages.items()
         for parameter, tensor in tensors.items()
     }
@@ -220,12 +220,11 @@ def read_checkpoint(folder: Path) -> Snapshot:
         del state[name]
     config = _config(folder, state.pop("config", None))
     averages: dict[float, dict[str, Tensor]] = {rate: {} for rate in config.ema_rates}
-    of_rate = {repr(rate): tensors for rate, tensors in averages.items()}
     for name, tensor in _tensors(folder / AVERAGES).items():
-        rate, _, parameter = name.partition("/")
-        if rate not in of_rate:
-            raise CheckpointError(f"{folder / AVERAGES} has averages of {rate}, and {STATE} not")
-        of_rate[rate][parameter] = tensor
+        rate, parameter = _averaged(name)
+        if rate not in averages:
+            raise CheckpointError(f"{folder / AVERAGES} has {name}, an average not of {STATE}")
+        averages[rate][parameter] = tensor
     return Snapshot(
         config,
         state.pop("step"),
@@ -235,6 +234,16 @@ def read_checkpoint(folder: Path) -> Snapshot:
         _tensors(folder / OPTIMIZER),
         state,
     )
+
+
+def _averaged(name: str) -> tuple[float | None, str]:
+    """The rate, None where it is none, and the parameter that a name in ema.safetensors is of.
+    Rates compare as numbers: 0 and 0.0 are one."""
+    rate, _, parameter = name.partition("/")
+    try:
+        return float(rate), parameter
+    except ValueError:
+        return None, parameter
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
@@ -317,19 +326,23 @@ def load_model(
             ema = next(iter(config.ema_rates), None)
         if ema is not None and ema not in config.ema_rates:
             raise ValueError(f"ema must be one of {list(config.ema_rates)}, or None; got {ema!r}")
-        file, prefix = (weights.WEIGHTS, "") if ema is None else (AVERAGES, f"{ema!r}/")
+        file = weights.WEIGHTS if ema is None else AVERAGES
         state = verify(folder, (file,))
     except CheckpointError as error:
         raise type(error)(f"{error}{last_good(folder.parent)}") from error
     try:
-        model = weights.skeleton(UNet, config.unet, folder / STATE)
+        shapes = weights.skeleton(UNet, config.unet, folder / STATE).state_dict()
         with safe_open(folder / file, framework="pt") as tensors:
-            names = [name for name in tensors.keys() if name.startswith(prefix)]  # noqa: SIM118
-            found = {n.removeprefix(prefix): tensors.get_tensor(n) for n in names}
-        weights.check(folder / file, found, {n: t.shape for n, t in model.state_dict().items()})
+            found = {
+                parameter: tensors.get_tensor(name)
+                for name in tensors.keys()  # noqa: SIM118
+                for rate, parameter in [(None, name) if ema is None else _averaged(name)]
+                if rate == ema
+            }
+        weights.check(folder / file, found, {n: t.shape for n, t in shapes.items()})
     except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"{folder} holds no model: {error}") from error
-    model = weights.fill(model, found, "cpu").eval()
+    model = weights.build(UNet, config.unet, found, folder / file).eval()
     return LoadedModel(model, config, state["step"], folder, state.get("class_names"))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field, replace
+from numbers import Real
 from typing import Any, Literal
 
 from ..nn import UNetConfig
@@ -215,6 +216,11 @@ class RunConfig:
     output: OutputConfig = field(default_factory=OutputConfig)
 
     def __post_init__(self) -> None:
+        for rate in self.ema_rates:
+            if not isinstance(rate, Real):
+                raise TypeError(f"ema_rates must be of numbers; got {rate!r}")
+        # A checkpoint names its averages by them: 0 and NumPy's numbers have other names.
+        object.__setattr__(self, "ema_rates", tuple(map(float, self.ema_rates)))
         _at_least(1, batch_size=self.batch_size, grad_accum=self.grad_accum, steps=self.steps)
         if not 0 <= self.seed < 1 << 64:
             raise ValueError(f"seed must lie in [0, 2^64); got {self.seed}")
