@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Literal
 
+import numpy as np
+
 DownKind = Literal["conv", "resblock", "pool"]
 UpKind = Literal["conv", "resblock", "nearest"]
 Middle = Literal["attention", "residual", "none"]
@@ -22,6 +24,8 @@ _OPTIONAL = (
     *("out_channels", "num_classes", "time_channels", "embedding_channels", "head_channels"),
     *("num_heads_up", "middle_norm_groups", "attention_up_resolutions"),
 )
+_NUMBERS = ("dropout", "label_dropout", "norm_eps")
+_FLAGS = ("cosine_first", "scale_shift", "null_class")
 _MOST_BLOCKS = 1000  # at a resolution: a damaged number would be built for ever
 
 
@@ -96,6 +100,7 @@ class UNetConfig:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         self._check_types()
+        self._to_python()
         for name in ("image_size", "in_channels", "num_res_blocks", "num_heads", "norm_groups"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
@@ -130,19 +135,32 @@ class UNetConfig:
                     raise TypeError(f"{name} must be of integers; got {value!r}")
                 if abs(int(number)) >= 1 << 31:
                     raise ValueError(f"{name} must be below 2^31; got {number}")
-        for name in ("dropout", "label_dropout", "norm_eps"):
+        for name in _NUMBERS:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, Real):
                 raise TypeError(f"{name} must be a number; got {value!r}")
         if not 0 <= self.norm_eps <= sys.float_info.max:  # an integer may be larger
             raise ValueError(f"norm_eps must be finite and at least 0; got {self.norm_eps}")
-        for name in ("cosine_first", "scale_shift", "null_class"):
-            if not isinstance(getattr(self, name), bool):
+        for name in _FLAGS:
+            if not isinstance(getattr(self, name), bool | np.bool_):
                 raise TypeError(f"{name} must be True or False; got {getattr(self, name)!r}")
         for name in (*_KINDS, "middle"):
             value = getattr(self, name)
             if not all(isinstance(kind, str) for kind in (value if name in _KINDS else (value,))):
                 raise TypeError(f"{name} must be of strings; got {value!r}")
+
+    def _to_python(self) -> None:
+        """NumPy's numbers are taken, and JSON has none of them."""
+        for name in (*_INTEGERS, *_SIDES):
+            value = getattr(self, name)
+            if value is not None:
+                value = tuple(map(int, value)) if name in _SIDES else int(value)
+                object.__setattr__(self, name, value)
+        for name in _NUMBERS:
+            if type(getattr(self, name)) is not int:  # as it was given: a file may have a 0
+                object.__setattr__(self, name, float(getattr(self, name)))
+        for name in _FLAGS:
+            object.__setattr__(self, name, bool(getattr(self, name)))
 
     def _check_levels(self) -> None:
         if not self.channels:
