@@ -89,7 +89,8 @@ def size():
 
 
 def assert_flat(call, rounds, bytes_a_call):
-    """What is kept on purpose is there after the first rounds; a lost byte in each call is seen."""
+    """What is kept on purpose is there after the first rounds; ``bytes_a_call`` that are lost in
+    each call are seen, fewer are not."""
     for _ in range(rounds // 4):
         call()
     grown = []

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 from helpers import FROZEN_HASH, FROZEN_SEED, FROZEN_SHAPE
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from property_cases import examples
 
 from ddpm_fast import DenoisingLoss, bits_per_dim, likelihood, randn, reference
 from ddpm_fast.schedule import NoiseSchedule
@@ -72,7 +73,7 @@ def test_frozen_hash(page):
     assert f"`{FROZEN_HASH}`" in table
 
 
-@settings(deadline=None, max_examples=60)
+@examples(60)
 @given(st.data())
 def test_the_pages_bits_are_the_kernels(page, data):
     seed, sample = data.draw(st.integers(0, 2**64 - 1)), data.draw(st.integers(0, 2**63 - 1))
