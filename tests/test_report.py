@@ -145,7 +145,7 @@ def test_update_writes_what_check_accepts(tmp_path, capsys):
     text = (tmp_path / "README.md").read_text()
     assert text.startswith("# Before\n")
     assert text.endswith("\n\nafter\n")
-    assert "old" not in text
+    assert "\nold\n" not in text
     assert text.count("Not measured on this device (Big CPU).") == len(BLOCKS) - 2
     assert "| `reverse_step` | 64.0 µs | 1.55× | 4.10 ms | 0.02× | 50 % |" in text
     assert "*Big CPU, 2030-01-02; 50 steps; bold: the fastest of the others.*" in text
