@@ -29,9 +29,10 @@ demo: OUT = demo-out
 demo: install
 	$(BIN)/ddpm-fast demo --out $(OUT)
 
-# Under ten minutes on two cores.
+# Under ten minutes on two cores: a process a core, WORKERS=8 for eight.
+test: WORKERS = 2
 test: install
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile
 
 # What takes longer: the whole demo, builds from scratch.
 test-long: install
