@@ -200,7 +200,7 @@ def capacity(sampler: Sampler, steps: tuple[int, ...]) -> float:
 @pytest.mark.parametrize("load", LOADS)
 def bench_arrivals(record, sampler, full, kind, load):
     rate = load * full[kind]
-    count = max(int(rate * 6.0), 20)
+    count = max(int(rate * 8.0), 20)
     asked = arrivals(rate, count, STEPS[kind], seed=int(100 * load))
     rounds: dict[str, list[Served]] = {OURS: [], BATCH: []}
     for _ in range(3):
