@@ -51,6 +51,19 @@ def test_native_module_links_no_torch():
     assert "libc10" not in linked
 
 
+def test_native_module_asks_no_runtime_for_openmp():
+    """A construct whose entry point csrc/cpu/threads.cpp does not hand on would take that of
+    whichever runtime is loaded, or keep the module from being loaded."""
+    from ddpm_fast.backends import native
+
+    if native is None or sys.platform != "linux" or not shutil.which("nm"):
+        pytest.skip("needs the compiled module, GNU/Linux and nm")
+    command = ["nm", "-D", "--undefined-only", native.__file__]
+    symbols = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert "memcpy" in {symbol.partition("@")[0] for symbol in symbols}
+    assert [symbol for symbol in symbols if symbol.startswith(("GOMP_", "omp_"))] == []
+
+
 # The module by itself, at its path; noise of two samples, by four threads.
 _ALONE = """
 import array, hashlib, importlib.util, sys

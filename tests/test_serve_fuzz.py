@@ -31,7 +31,10 @@ FIELDS = [
     "frames",
 ]
 NUMBERS = st.one_of(
-    st.integers(-3, 12), st.integers(), st.floats(), st.sampled_from([2**63, 2**64, 10**40, 10**400, -(10**400)])
+    st.integers(-3, 12),
+    st.integers(),
+    st.floats(),
+    st.sampled_from([2**63, 2**64, 10**40, 10**400, -(10**400)]),
 )
 SCALARS = st.one_of(
     st.none(),

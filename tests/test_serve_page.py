@@ -215,6 +215,9 @@ MISTAKES = [
     ("sample_ids", "5-3", "goes upwards"),
     ("sample_ids", str(2**63), "9223372036854775807"),
     ("guidance_scale", "much", "Must be a number"),
+    ("guidance_scale", "1e999", "Must be a number"),
+    ("guidance_scale", "Infinity", "Must be a number"),
+    ("guidance_scale", "0x10", "Must be a number"),
     ("guidance_scale", "1000", "-100 … 100"),
 ]
 
@@ -263,6 +266,38 @@ def test_a_model_that_fails_is_told_on_the_tile(open_page):
         page.locator(".tile.done").nth(2).wait_for()
         page.locator(".tile.failed").wait_for()
         assert page.locator(".tile").nth(1).get_attribute("class") == "tile failed"
+
+
+def test_a_server_that_goes_away_is_told_where_the_state_is(open_page):
+    gate = Gated(model)
+    with running(app(gate)) as client:
+        page = open_page(f"{client.base_url}/")
+        page.click("#draw")
+        gate.let(2)
+        page.locator(".tile").nth(3).wait_for()
+        gate.open()
+        page.route("**/api/**", lambda route: route.abort())  # none is heard of any more
+        page.locator(".tile.done").nth(3).wait_for()
+        page.click("#draw")
+        page.get_by_text("The server went away").first.wait_for()
+        assert page.inner_text("#told") == "The server went away"
+        page.locator("#load.bad").wait_for()
+
+
+def test_a_page_without_its_model_offers_to_try_again(browser, server):
+    page = browser.new_page()
+    try:
+        page.route("**/api/model", lambda route: route.abort())
+        page.goto(server)
+        page.locator("#again").wait_for()
+        assert "does not answer" in page.inner_text("#error")
+        page.unroute("**/api/model")
+        page.click("#again")
+        page.locator("#about:not(:empty)").wait_for()
+        assert page.locator("#again").is_hidden()
+        assert page.inner_text("#error") == ""
+    finally:
+        page.close()
 
 
 TOO_WIDE = """() => [...document.querySelectorAll(".tile, .tile .caption, form, header")]

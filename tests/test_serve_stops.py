@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import signal
+import socket
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -20,7 +23,7 @@ from tiny_run import write_run
 
 from ddpm_fast import NoiseSchedule, Sampler
 from ddpm_fast.cli import main
-from ddpm_fast.serving import Limits, create_app, serving
+from ddpm_fast.serving import Limits, create_app, serving, site
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -154,6 +157,64 @@ def test_after_its_grace_it_gives_up_and_says_so_to_clients(forks, run):
         assert status == 1
 
 
+@pytest.mark.parametrize("comes", [True, False])
+def test_a_body_on_its_way_is_waited_for(forks, run, comes):
+    with (
+        Child(forks, run, 0, "--grace", "30" if comes else "0.3") as child,
+        Raw(child.client) as raw,
+    ):
+        raw.post("/api/images", None, b'{"count"', length=12)
+        wait_for(lambda: child.client.get("/api/status").json()["requests"] == 1)
+        child.signal(signal.SIGTERM)
+        wait_for(child.draining) if comes else None
+        raw.send(b": 2}" if comes else b"")
+        head, _, body = raw.rest().partition(b"\r\n\r\n")
+        if comes:
+            assert head.startswith(b"HTTP/1.1 200")
+            assert len(json.loads(body)["images"]) == 2
+        else:
+            assert head.startswith(b"HTTP/1.1 503")
+            assert "shuts down" in json.loads(body)["error"]["message"]
+        assert child.wait() == (0 if comes else 1, "finishing 1 request; again gives up\n")
+
+
+def test_nobody_who_reads_what_it_says(run):
+    """Its stdout and stderr are pipes whose readers have gone: it serves, and ends as ever."""
+    port = free_port()
+    command = [sys.executable, "-m", "ddpm_fast.cli", "serve", str(run), "--port", str(port)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    read, write = os.pipe()
+    process = subprocess.Popen(command, stdout=write, stderr=write, env=environment)
+    os.close(read)
+    os.close(write)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        with httpx.Client(base_url=url, timeout=SECONDS, trust_env=False) as client:
+            wait_for(lambda: reached(client))
+            with Raw(client) as raw:
+                raw.post("/api/images", None, b"{", length=2)
+                wait_for(lambda: client.get("/api/status").json()["requests"] == 1)
+                process.send_signal(signal.SIGTERM)
+                wait_for(lambda: client.get("/api/status").json()["draining"])
+                raw.send(b"}")
+                assert raw.rest().startswith(b"HTTP/1.1 200")
+        assert process.wait(SECONDS) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+def reached(client):
+    with contextlib.suppress(httpx.TransportError):
+        return client.get("/healthz").status_code == 200
+    return False
+
+
 # In a thread -------------------------------------------------------------------------------
 
 
@@ -234,6 +295,10 @@ def test_the_port_of_another_server_is_taken():
         (["--eta", "0.5"], "--eta is of --method ddim"),
         (["--num-steps", "21"], "num_steps"),
         (["--device", "tpu"], "--device must be cpu or cuda"),
+        (["--host", "a..b"], "cannot listen on a..b, port 0: it is no name of a host"),
+        (["--guidance", "500"], "guidance_scale must lie in -100 … 100"),
+        (["--num-steps", "15", "--max-steps", "10"], "--num-steps must be at most --max-steps, 10"),
+        (["--max-batch", "9999999999999999999999"], "max_batch must be at most 1,000,000,000"),
     ],
 )
 def test_mistakes_are_told_in_a_line(run, capsys, options, error):
@@ -245,16 +310,37 @@ def test_mistakes_are_told_in_a_line(run, capsys, options, error):
     assert not said.out
 
 
+def test_a_batch_that_has_no_room(run, capsys, monkeypatch):
+    def full(*arguments, **named):
+        raise MemoryError
+
+    monkeypatch.setattr(site, "create_app", full)
+    assert main(["serve", str(run), "--port", "0", "--max-batch", "100000"]) == 2
+    said = capsys.readouterr().err
+    assert said == "ddpm-fast serve: no memory for a batch of 100000 images (--max-batch)\n"
+
+
 def test_no_checkpoint(tmp_path, capsys):
     assert main(["serve", str(tmp_path / "none"), "--port", "0"]) == 2
     assert "no checkpoint at" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("options", [["--port", "70000"], ["--grace", "-1"], ["--max-batch", "0"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--port", "70000"],
+        ["--port", "x"],
+        ["--grace", "-1"],
+        ["--grace", "soon"],
+        ["--max-batch", "0"],
+    ],
+)
 def test_options_out_of_range(run, capsys, options):
     with pytest.raises(SystemExit, match="2"):
         main(["serve", str(run), *options])
-    assert options[0] in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert options[0] in said
+    assert "invalid _" not in said
 
 
 def test_a_missing_package_is_named(run, capsys, monkeypatch):

@@ -64,8 +64,8 @@ const Runtime& runtime() {
 
 }  // namespace
 
-// A construct that needs another entry point leaves an undefined symbol: the module says so when
-// it is loaded.
+// A construct that needs another entry point leaves an undefined symbol, which torch's runtime may
+// happen to resolve where torch was imported before; tests/test_build.py finds it.
 extern "C" {
 void GOMP_parallel(void (*body)(void*), void* data, unsigned threads, unsigned flags) {
   if (runtime().complete()) {
