@@ -154,7 +154,7 @@ def test_what_a_client_that_goes_away_wanted_is_given_up(path):
         assert asked_for(service) == count
         raw.socket.close()
         wait_for(lambda: idle(service))  # while the model's call still lasts
-        assert service.status()["cancelled"] == count
+        wait_for(lambda: service.status()["cancelled"] == count)
         assert service.status()["drawn"] == 0
         gate.open()
         assert post(client, count=6).status_code == 200
@@ -181,7 +181,7 @@ def test_a_client_that_goes_before_its_body_has_come():
         with Raw(client) as raw:
             raw.post("/api/images", None, b"{", length=50)
         assert client.get("/healthz").status_code == 200
-        assert idle(application.state.service)
+        wait_for(lambda: idle(application.state.service))
 
 
 # Who is slow -------------------------------------------------------------------------------
@@ -231,7 +231,7 @@ def test_a_body_that_does_not_come_is_not_waited_for():
         with Raw(client) as raw:
             raw.post("/api/live", None, b"", length=1000)
             assert trickle(raw, " " * 1000) < 1000
-        assert idle(application.state.service)
+        wait_for(lambda: idle(application.state.service))
 
 
 def test_slow_clients_keep_no_other_waiting():
@@ -275,7 +275,7 @@ def test_a_reader_that_takes_nothing_is_cut_and_its_images_given_up():
             wait_for(lambda: service.drawing == 1)
             wait_for(lambda: idle(service))  # not because they were finished
             assert service.status()["drawn"] == 0
-            assert service.status()["cancelled"] == 4
+            wait_for(lambda: service.status()["cancelled"] == 4)
         assert client.get("/healthz").status_code == 200
 
 

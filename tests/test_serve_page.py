@@ -203,7 +203,7 @@ def test_a_page_that_is_closed_is_given_up(open_page):
         wait_for(lambda: service.requests == 0)
         gate.open()
         wait_for(lambda: idle(service))
-        assert service.status()["cancelled"] == 4
+        wait_for(lambda: service.status()["cancelled"] == 4)
 
 
 MISTAKES = [

@@ -124,7 +124,7 @@ def test_a_client_that_goes_is_noticed_whatever_it_has_sent_besides(more):
             assert service.drawing == 1
             raw.socket.close()
         wait_for(lambda: idle(service))
-        assert service.status()["cancelled"] == 6
+        wait_for(lambda: service.status()["cancelled"] == 6)
         raw.socket.close()
 
 

@@ -97,7 +97,9 @@ def run(tmp_path_factory):
     return write_run(tmp_path_factory.mktemp("runs") / "tiny")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_what_runs_is_finished_and_answered(forks, run, number):
     with Child(forks, run, 0.05) as child:
         assert child.name == "tiny, step 200"
