@@ -76,13 +76,16 @@ def test_images_come_with_their_states_on_the_way():
 
 
 @pytest.mark.parametrize("watch", ["x0", "x_t", "both"])
-def test_what_is_watched_is_what_comes(watch):
+def test_what_is_watched_is_what_comes(watch, monkeypatch):
+    monkeypatch.setattr("ddpm_fast.serving.live._HEARTBEAT_SECONDS", 0.2)
+    asked = {"watch": watch, "frames": 10, "steps": 50}
     with gated() as (gate, _, client):
-        with client.stream("POST", "/api/live", json={"watch": watch, "frames": 10}) as response:
+        with client.stream("POST", "/api/live", json=asked) as response:
             lines = events(response)
             assert next(lines)["event"] == "begin"
-            gate.let(3)
-            frame = next(lines)
+            # A frame is of a step that begins after the server has asked for it: at some step
+            while (frame := next(lines))["event"] == "waiting":
+                gate.let()
             gate.open()
             rest = [event["event"] for event in lines]
         assert frame["event"] == "frame"

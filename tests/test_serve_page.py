@@ -93,19 +93,26 @@ def test_images_are_drawn_live_and_end_as_those_of_programs(open_page):
         page.select_option("#class", label="a bird")
         page.fill("#seed", str(2**64 - 1))
         page.fill("#sample_ids", "4711-4712, 7")
-        page.fill("#steps", "20")
+        page.fill("#steps", "50")
         page.click("#draw")
         tiles = page.locator(".tile")
         gate.let(2)
         tiles.nth(2).wait_for()
         assert tiles.count() == 3
-        seen = []
+        seen = [[0] * 80]
+
+        def shows_another_step():
+            page.wait_for_timeout(100)
+            if picture(page) not in seen:
+                return True
+            gate.let()  # a frame is of a step that begins after the server has asked for it
+            return False
+
         for _ in range(3):
-            gate.let(2)
-            wait_for(lambda: picture(page) not in [*seen, [0] * 80])
+            wait_for(shows_another_step)
             seen.append(picture(page))
         step = page.locator("progress").first.evaluate("bar => bar.value")
-        assert 0 < step < 20
+        assert 0 < step < 50
         assert page.locator(".tile.done").count() == 0
         assert page.locator("#cancel").is_enabled()
         gate.open()
@@ -113,14 +120,14 @@ def test_images_are_drawn_live_and_end_as_those_of_programs(open_page):
         assert "Drew 3 images" in page.inner_text("#told")
         assert page.locator("#cancel").is_disabled()
         for tile, i in enumerate((4711, 4712, 7)):
-            assert picture(page, tile) == shown(pixels_of(2**64 - 1, i, 3, 20))
+            assert picture(page, tile) == shown(pixels_of(2**64 - 1, i, 3, 50))
             caption = tiles.nth(tile).inner_text().replace("\u00a0", " ")
-            for part in (f"Image {i}", "class a bird", f"seed {2**64 - 1}", "20 steps"):
+            for part in (f"Image {i}", "class a bird", f"seed {2**64 - 1}", "50 steps"):
                 assert part in caption
             with page.expect_download() as download:
                 tiles.nth(tile).get_by_text("Save").click()
             file = download.value.path().read_bytes()
-            asked = {"seed": 2**64 - 1, "sample_ids": [i], "class": 3, "steps": 20, "format": "png"}
+            asked = {"seed": 2**64 - 1, "sample_ids": [i], "class": 3, "steps": 50, "format": "png"}
             assert file == client.post("/api/images", json=asked).content
             address = tiles.nth(tile).locator(".caption a").get_attribute("href")
             assert client.get(address).content == file
